@@ -1,4 +1,5 @@
 # Every target may be run again at any time; those that need the virtual environment make it first.
+# Tools run as modules, not from $(BIN): beside an existing vLLM some of them may live in that one's environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,13 +28,13 @@ test-fast: venv ## the tests that need no real vLLM
 	@$(BIN)/python -m pytest --durations=15 -m "not vllm" $(ARGS)
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict
-	$(BIN)/lint-imports
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy --strict
+	$(BIN)/python -c 'from importlinter.cli import lint_imports_command as main; main()'
 	$(BIN)/python -m pytest tests/unit/test_tidy.py
 
-sim: venv ## seeded simulation of the protocol (SEEDS=n runs n of them, SEED=k one, PLANT=name a fault, PLANT=list the names)
+sim: venv ## seeded protocol simulation (SEEDS=n of them, SEED=k one, PLANT=name with a fault, PLANT=list names)
 	@$(BIN)/python -m pd_connector.testing.simulation \
 		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED)) $(if $(PLANT),--plant $(PLANT))
 
