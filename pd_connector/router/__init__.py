@@ -1,0 +1,9 @@
+"""The router: puts prefill and decode instances behind one OpenAI-compatible address."""
+
+from __future__ import annotations
+
+from pd_connector.router.app import build_app, run, serve
+from pd_connector.router.legs import Releaser
+from pd_connector.router.settings import RouterSettings
+
+__all__ = ["Releaser", "RouterSettings", "build_app", "run", "serve"]

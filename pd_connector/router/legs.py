@@ -1,0 +1,272 @@
+"""One choice's way through its two legs: a prompt to P, the ticket from P to D, the answer from D.
+
+A hand-over owns the ticket from the moment P names it until D's first token shows that D took the blocks. Whatever else
+happens in between (client gone, D failed, D refused, a retry with a fresh ticket) the ticket is released at P, so that
+its blocks never wait for a lease to run out while everybody is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import orjson
+
+from pd_connector.router.faults import Fault, LegFailed, Refused
+from pd_connector.router.order import Choice
+from pd_connector.router.settings import RouterSettings
+from pd_connector.router.sse import EventSplitter, data_of, error_of
+from pd_connector.router.upstream import Exchange, Fleet, Side, Timeouts
+
+logger = logging.getLogger(__name__)
+
+_RELEASE_S = 2.0
+
+
+class Releaser(Protocol):
+    """Tells a prefill instance that nobody will read the blocks of a ticket."""
+
+    async def release(self, params: dict[str, Any]) -> None:
+        """Send RELEASE for the ticket in these kv_transfer_params. Idempotent, returns within 1 s, does not raise."""
+
+
+class _Attempts:
+    """Which upstreams of a side one hand-over may still try."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+        self._failed: set[str] = set()
+        self._repeated = False
+        self.pause_s = 0.0
+
+    def begin(self) -> Exchange:
+        exchange = self._side.begin(self._failed)
+        assert exchange is not None, "asked for an attempt that may_retry did not allow"
+        return exchange
+
+    def may_retry(self, failure: LegFailed, same_again: bool) -> bool:
+        """Another upstream if there is one; else, once, the same again where that can help."""
+        self._failed.add(failure.upstream)
+        self.pause_s = 0.0
+        if len(self._failed) < len(self._side.balancer.names):
+            return True
+        if not same_again or self._repeated:
+            return False
+        self._repeated = True
+        self._failed.discard(failure.upstream)
+        self.pause_s = self._side.settings.retry_pause_s
+        return True
+
+
+class HandOver:
+    """The state of one choice. ``open`` once, then ``head`` and ``next_chunk``; ``close`` always."""
+
+    def __init__(
+        self, choice: Choice, headers: Mapping[str, str], fleet: Fleet, settings: RouterSettings, releaser: Releaser
+    ) -> None:
+        self.head = b""
+        self.prefill_name = self.decode_name = ""
+        self.prefill_s = self.decode_s = 0.0
+        self._choice = choice
+        self._headers = headers
+        self._settings = settings
+        self._releaser = releaser
+        self._metrics = fleet.prefill.metrics
+        self._prefill = _Attempts(fleet.prefill)
+        self._decode = _Attempts(fleet.decode)
+        self._attempts = 1
+        self._ticket: dict[str, Any] | None = None
+        self._exchange: Exchange | None = None
+        self._releases: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Run both legs until D's first token is in ``head`` (plain: D's whole answer).
+
+        Raises Refused for an upstream's 4xx, Fault when attempts or time are used up.
+        """
+        try:
+            async with asyncio.timeout(self._settings.first_token_s):
+                while not await self._try_both_legs():
+                    pass
+        except TimeoutError:
+            leg, name = ("decode", self.decode_name) if self.decode_name else ("prefill", self.prefill_name)
+            raise Fault(
+                504,
+                "timeout",
+                f"no first token within {self._settings.first_token_s:g} s; the request was in its {leg} leg on {name} "
+                f"(attempt {self._attempts}); raise first_token_s or add instances",
+            ) from None
+
+    async def next_chunk(self) -> bytes:
+        """D's next bytes, unparsed; b"" at the end. Raises LegFailed."""
+        assert self._exchange is not None, "open first"
+        return await self._exchange.next_chunk()
+
+    @property
+    def content_type(self) -> str:
+        assert self._exchange is not None, "open first"
+        return self._exchange.content_type
+
+    def broken(self, reason: str) -> LegFailed:
+        return LegFailed("decode", self.decode_name, reason)
+
+    async def close(self) -> None:
+        """Close what is still open, release a ticket that D did not take, and wait for releases under way."""
+        if self._exchange is not None:
+            self._exchange.close()
+        self._drop_ticket()
+        if self._releases:
+            await asyncio.wait(self._releases, timeout=_RELEASE_S)
+
+    async def _try_both_legs(self) -> bool:
+        try:
+            await self._prefill_leg()
+        except LegFailed as failure:
+            await self._prepare_retry(self._prefill, failure, same_again=failure.connection)
+            return False
+        try:
+            await self._decode_leg()
+        except LegFailed as failure:
+            # The ticket may be what D failed on (P restarted, lease over): with a fresh one the same D can succeed.
+            held = self._ticket is not None
+            self._drop_ticket()
+            await self._prepare_retry(self._decode, failure, same_again=failure.connection or held)
+            return False
+        return True
+
+    async def _prepare_retry(self, attempts: _Attempts, failure: LegFailed, same_again: bool) -> None:
+        self._metrics.leg_failures.labels(failure.leg, failure.upstream).inc()
+        if self._attempts > self._settings.retries or not attempts.may_retry(failure, same_again):
+            raise failure.as_fault(self._attempts) from failure
+        logger.info("%s; trying again", failure)
+        self._attempts += 1
+        self._metrics.retries.labels(failure.leg).inc()
+        await asyncio.sleep(attempts.pause_s)
+
+    async def _prefill_leg(self) -> None:
+        exchange = self._prefill.begin()
+        self.prefill_name, self.decode_name = exchange.name, ""
+        started = time.monotonic()
+        leg = asyncio.create_task(self._ask_prefill(exchange))
+        try:
+            # Shielded: when the client leaves, P's answer is still read for a moment, for the ticket in it.
+            await asyncio.shield(leg)
+        except asyncio.CancelledError:
+            await self._abandon(leg)
+            raise
+        finally:
+            self.prefill_s += time.monotonic() - started
+        self._metrics.leg_seconds.labels("prefill", exchange.name).observe(time.monotonic() - started)
+        if self._ticket is None:
+            self._metrics.ticketless.inc()
+
+    async def _ask_prefill(self, exchange: Exchange) -> None:
+        try:
+            body = self._choice.prefill_body()
+            timeouts = Timeouts(total=self._settings.prefill_s)
+            await exchange.ask("POST", self._choice.path, body, self._headers, timeouts)
+            answer = _answer(exchange, await exchange.read())
+            ticket = answer.get("kv_transfer_params")
+            if ticket is not None and not isinstance(ticket, dict):
+                raise exchange.failed("its kv_transfer_params are neither an object nor null")
+            self._ticket = ticket
+        finally:
+            exchange.close()
+
+    async def _abandon(self, leg: asyncio.Task[None]) -> None:
+        try:
+            await asyncio.wait({leg}, timeout=self._settings.abandon_grace_s)
+        finally:
+            leg.cancel()
+        await asyncio.wait({leg}, timeout=1.0)
+        if leg.done() and not leg.cancelled() and (error := leg.exception()) is not None:
+            logger.debug("abandoned prefill leg ended with: %s", error)
+
+    async def _decode_leg(self) -> None:
+        exchange = self._decode.begin()
+        self.decode_name = exchange.name
+        started = time.monotonic()
+        try:
+            body = self._choice.decode_body(self._ticket)
+            timeouts = Timeouts(silence=self._settings.decode_idle_s)
+            await exchange.ask("POST", self._choice.path, body, self._headers, timeouts)
+            if self._choice.stream:
+                self.head = await _until_first_token(exchange, self._settings.max_response_bytes)
+            else:
+                self.head = await exchange.read()
+                _answer(exchange, self.head)
+        except BaseException:
+            exchange.close()
+            raise
+        finally:
+            self.decode_s += time.monotonic() - started
+        self._exchange = exchange
+        self._ticket = None  # D has the blocks: its first token was computed from them.
+        self._metrics.leg_seconds.labels("decode", exchange.name).observe(time.monotonic() - started)
+
+    def _drop_ticket(self) -> None:
+        if self._ticket is None:
+            return
+        release = asyncio.create_task(self._release(self._ticket))
+        self._ticket = None
+        self._releases.add(release)
+        release.add_done_callback(self._releases.discard)
+
+    async def _release(self, ticket: dict[str, Any]) -> None:
+        self._metrics.releases.inc()
+        try:
+            async with asyncio.timeout(_RELEASE_S):
+                await self._releaser.release(ticket)
+        except Exception as error:
+            self._metrics.release_failures.inc()
+            logger.warning("releasing a ticket of %s failed: %s", self.prefill_name, error or type(error).__name__)
+
+
+async def _until_first_token(exchange: Exchange, limit: int) -> bytes:
+    """Read D's stream up to the first event that proves a token; return all bytes so far, unchanged."""
+    splitter = EventSplitter(limit)
+    held = bytearray()
+    while chunk := await exchange.next_chunk():
+        held += chunk
+        try:
+            events = splitter.feed(chunk)
+        except ValueError as error:
+            raise exchange.failed(str(error)) from None
+        for event in events:
+            if (data := data_of(event)) is not None and not _is_preamble(_answer(exchange, data)):
+                return bytes(held)
+        if len(held) > limit:
+            raise exchange.failed(f"more than {limit} bytes came before its first token")
+    raise exchange.failed("its stream ended before the first token" if held else "it answered 200 with an empty body")
+
+
+def _is_preamble(event: dict[str, Any]) -> bool:
+    """vLLM streams a chat's role before it looks whether the request failed, so a role alone proves no token."""
+    for choice in event["choices"]:
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        if not isinstance(delta, dict) or "role" not in delta or choice.get("finish_reason"):
+            return False
+        if any(value for key, value in delta.items() if key != "role"):
+            return False
+    return True
+
+
+def _answer(exchange: Exchange, content: bytes) -> dict[str, Any]:
+    """Decode an answer or an event. Raises LegFailed when it is none or an error, Refused when it is a 4xx error."""
+    if not content.strip():
+        raise exchange.failed("it answered 200 with an empty body")
+    try:
+        answer = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        raise exchange.failed(f"it answered 200 with malformed JSON: {content[:100]!r}") from None
+    if (error := error_of(answer)) is not None:
+        code = error.get("code")
+        if isinstance(code, int) and 400 <= code < 500:
+            raise Refused(code, {"content-type": "application/json"}, orjson.dumps({"error": error}))
+        raise exchange.failed(f"it answered 200 with an error: {error.get('message')}", 503 if code == 503 else 502)
+    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+        raise exchange.failed("it answered 200 without choices")
+    return answer
