@@ -1,0 +1,104 @@
+"""Pure planning: which bytes of which blocks go where, in a form whose size is the number of runs, not of blocks.
+
+A *run* is a stretch of blocks that is consecutive on both sides: (source block, destination block, count). A *pattern*
+says, for one pair of grids, which bytes of every block of every run are read. Nothing here is expanded per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pd_connector.errors import LocalProtocolError
+from pd_connector.memory import GridRef
+
+Runs = npt.NDArray[np.uint32]
+"""Shape (n, 3), columns: first source block, first destination block, number of blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """``run_bytes`` bytes at ``src_offset`` of every source block go to ``dst_offset`` of its destination block.
+
+    ``src_grid`` and ``dst_grid`` count the grids of each side in canonical order (memory.order_grids).
+    """
+
+    src_grid: int
+    dst_grid: int
+    src_offset: int
+    dst_offset: int
+    run_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CopyPlan:
+    """Every pattern is applied to every run."""
+
+    runs: Runs
+    patterns: tuple[Pattern, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the plan writes on the reader's side (each counted once, over all patterns)."""
+        return int(self.runs[:, 2].sum(dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * sum(pattern.run_bytes for pattern in self.patterns)
+
+
+def coalesce(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Runs:
+    """Merge pairs of block ids that advance together into runs; order is kept.
+
+    Raises LocalProtocolError when the lists differ in length, hold ids outside 0..2**32-1 or name a destination twice
+    (two writers of one block could leave either one's bytes).
+    """
+    src = _ids(src_blocks, "source")
+    dst = _ids(dst_blocks, "destination")
+    if len(src) != len(dst):
+        raise LocalProtocolError(f"{len(src)} source blocks but {len(dst)} destination blocks")
+    if len(np.unique(dst)) != len(dst):
+        raise LocalProtocolError("a destination block is named twice in one transfer")
+    if not len(src):
+        return np.zeros((0, 3), np.uint32)
+    breaks = np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1
+    starts = np.concatenate(([0], breaks))
+    counts = np.diff(np.concatenate((starts, [len(src)])))
+    return np.stack((src[starts], dst[starts], counts), axis=1).astype(np.uint32)
+
+
+def plan_blocks(grids: Sequence[GridRef], group: int, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> CopyPlan:
+    """Whole blocks of one group between two ranks of equal layout (``grids``: the reader's, canonical order)."""
+    patterns = tuple(
+        Pattern(index, index, 0, 0, ref.grid.block_bytes) for index, ref in enumerate(grids) if ref.grid.group == group
+    )
+    if not patterns:
+        raise LocalProtocolError(f"KV cache group {group} is not registered here")
+    limit = min(grids[pattern.dst_grid].grid.num_blocks for pattern in patterns)
+    if len(dst_blocks) and max(dst_blocks) >= limit:
+        raise LocalProtocolError(f"destination block {max(dst_blocks)} does not exist: group {group} has {limit}")
+    return CopyPlan(coalesce(src_blocks, dst_blocks), patterns)
+
+
+def split_layers(plan: CopyPlan, grids: Sequence[GridRef]) -> list[CopyPlan]:
+    """One plan per layer of the reader, in layer order, so that each can complete on its own."""
+    by_layer: dict[tuple[int, int], list[Pattern]] = {}
+    for pattern in plan.patterns:
+        grid = grids[pattern.dst_grid].grid
+        by_layer.setdefault((grid.group, grid.layer), []).append(pattern)
+    return [CopyPlan(plan.runs, tuple(patterns)) for _, patterns in sorted(by_layer.items())]
+
+
+def _ids(blocks: Sequence[int], side: str) -> npt.NDArray[np.int64]:
+    ids: npt.NDArray[Any] = np.asarray(blocks)
+    if ids.size == 0:
+        return np.zeros(0, np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise LocalProtocolError(f"{side} blocks must be a flat list of integers")
+    if int(ids.min()) < 0 or int(ids.max()) >= 2**32:
+        raise LocalProtocolError(f"{side} block ids must lie in 0..2**32-1, got {int(ids.min())}..{int(ids.max())}")
+    return ids.astype(np.int64)

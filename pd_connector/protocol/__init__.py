@@ -1,0 +1,1 @@
+"""Sans-IO protocol core: no sockets, no clock, no threads, no asyncio."""

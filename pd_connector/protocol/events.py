@@ -1,0 +1,309 @@
+"""What goes into the core (events) and what comes out of it (commands, notes)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pd_connector.errors import PDError
+from pd_connector.plan import CopyPlan, Runs
+from pd_connector.protocol.messages import Message
+from pd_connector.protocol.ticket import Ticket
+
+Route = str
+"""Where a frame came from or goes to: an address that was dialled, or a name for who dialled us."""
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    route: Route
+    frame: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The control connection to a dialled address broke."""
+
+    route: Route
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """Answer to Connect: ``transport`` was chosen and works; or ``error`` says why none does."""
+
+    peer: str
+    transport: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A transport's terminal answer to a tag; ``status`` is one of transport.base.Status' values."""
+
+    tag: int
+    status: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """Answer to DigestBlocks; None when the blocks could not be read."""
+
+    job: int
+    digests: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Read the blocks of a ticket. ``parts`` are read in order and confirmed one by one; ``transfer`` comes from
+    Core.new_id(). ``rank`` picks the owner's rank where the ticket's address only speaks for ranks."""
+
+    transfer: int
+    ticket: Ticket
+    parts: tuple[CopyPlan, ...]
+    timeout: float
+    rank: int = 0
+    priority: int = 0
+    audit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    transfer: int
+    reason: str = "aborted by the caller"
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Lease blocks (ids per group) to ``readers`` distinct readers for ``seconds``, renewable up to ``cap_seconds``."""
+
+    number: int
+    epoch: int
+    capability: bytes
+    blocks: dict[int, tuple[int, ...]]
+    readers: int
+    seconds: float
+    cap_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The owner takes the blocks back."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """The owner prolongs a lease itself (a renewal that arrived by another way)."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forgo:
+    """Tell a ticket's owner that ``reader`` will not read under it; an empty name speaks for every reader."""
+
+    ticket: Ticket
+    reader: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Renew a ticket's lease until Drop, a refusal, or ``seconds`` have passed."""
+
+    ticket: Ticket
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new work; a Drained note follows when nothing is leased and nothing is being read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """End everything now. Reads still posted must be settled by the transports' close()."""
+
+
+Event = (
+    Received | Disconnected | Connected | Completed | Digested | Tick | Pull | Abort | Grant | End | Extend | Forgo
+    | Keep | Drop | Drain | Close
+)  # fmt: skip
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    route: Route
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """The dialled connection is not needed any more."""
+
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Choose a transport for a peer and connect it; answered by Connected."""
+
+    peer: str
+    transports: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PostRead:
+    peer: str
+    transport: str
+    number: int
+    epoch: int
+    capability: bytes
+    plan: CopyPlan
+    tag: int
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    transport: str
+    tag: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    peer: str
+    transport: str
+    tag: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrantBlocks:
+    number: int
+    epoch: int
+    capability: bytes
+    blocks: dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeBlocks:
+    number: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DigestBlocks:
+    """Digest blocks of our own memory: for each grid, each block in column ``column`` (0 source, 1 destination) of
+    ``runs``. Answered by Digested."""
+
+    job: int
+    runs: Runs
+    column: int
+    grids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    note: Note
+
+
+Command = (
+    Send
+    | Hangup
+    | Connect
+    | Disconnect
+    | PostRead
+    | Cancel
+    | Fence
+    | GrantBlocks
+    | RevokeBlocks
+    | DigestBlocks
+    | Notify
+)
+
+
+# --- notes to the embedding engine ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """Seconds spent in each stage of a pull, in order, and what was moved."""
+
+    connect: float = 0.0
+    wire: float = 0.0
+    commit: float = 0.0
+    bytes: int = 0
+    transport: str = ""
+    digests_compared: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartConfirmed:
+    """The owner confirmed that the lease held while part ``part`` was read: its bytes may be used."""
+
+    transfer: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEnded:
+    """Exactly one per Pull. ``outcome`` is done, failed or aborted; the destination is quiet whatever it is."""
+
+    transfer: int
+    outcome: str
+    error: PDError | None = None
+    failed_blocks: tuple[int, ...] = ()
+    stats: TransferStats = field(default_factory=TransferStats)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """Exactly one per granted lease: the epoch has ended, no transport serves it, the blocks are the engine's again."""
+
+    number: int
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewed:
+    number: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class TicketLost:
+    """The owner said that a kept ticket's lease is over."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    pass
+
+
+Note = PartConfirmed | TransferEnded | LeaseEnded | LeaseRenewed | TicketLost | Drained

@@ -1,0 +1,172 @@
+"""Messages of the side channel: versioned tagged structs with strict bounds, plain MessagePack maps on the wire.
+
+Every message names the sender's incarnation (``src``) and the incarnation it is meant for (``dst``; 0 in a Hello, whose
+sender does not know it yet). Durations are milliseconds; no wall-clock time ever crosses the wire.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from pd_connector.errors import RemoteProtocolError
+from pd_connector.layout import KVLayout
+
+VERSION = 1
+MAX_FRAME = 4 * 2**20
+"""Largest frame that is sent or accepted, in bytes: 500,000 audit digests fit."""
+CAPABILITY_BYTES = 16
+DIGEST_BYTES = 8
+
+U64 = Annotated[int, Meta(ge=0)]  # MessagePack itself ends at 2**64 - 1
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Millis = Annotated[int, Meta(ge=0, le=2**40)]
+Name = Annotated[str, Meta(max_length=256)]
+Words = Annotated[str, Meta(max_length=4096)]
+Capability = Annotated[bytes, Meta(min_length=CAPABILITY_BYTES, max_length=CAPABILITY_BYTES)]
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where one rank of an instance listens and which incarnation answers there."""
+
+    rank: U32
+    address: Name
+    incarnation: U64
+
+
+class Audit(msgspec.Struct, frozen=True):
+    """Digests of what was read: for every grid in ``grids`` (owner's canonical order) and every block of ``runs``
+    ((n, 3) little-endian u32, as in plan.Runs) DIGEST_BYTES bytes of ``digests``."""
+
+    runs: Annotated[bytes, Meta(max_length=MAX_FRAME)]
+    grids: Annotated[tuple[U32, ...], Meta(max_length=16384)]
+    digests: Annotated[bytes, Meta(max_length=MAX_FRAME)]
+
+
+class Message(msgspec.Struct, tag_field="kind", frozen=True, kw_only=True):
+    src: U64
+    dst: U64
+
+
+class Introduction(Message, frozen=True, kw_only=True):
+    """What an agent says of itself. ``layout`` is None for an agent without memory (a router, a scheduler side)."""
+
+    version: U32
+    agent: Name
+    model: Name
+    layout: KVLayout | None
+    transports: Annotated[dict[Name, Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
+
+
+class Hello(Introduction, tag="hello", frozen=True, kw_only=True):
+    pass
+
+
+class Welcome(Introduction, tag="welcome", frozen=True, kw_only=True):
+    """Answer to Hello. ``refused`` is empty or says why no blocks can be exchanged; ``directory`` lists the ranks of an
+    instance when the answering agent only speaks for them."""
+
+    refused: Words = ""
+    directory: Annotated[tuple[Endpoint, ...], Meta(max_length=65536)] = ()
+
+
+class Open(Message, tag="open", frozen=True, kw_only=True):
+    """A reader announces a transfer under a lease, and over which transport it will read."""
+
+    transfer: U64
+    lease: U64
+    epoch: U32
+    capability: Capability
+    reader: Name
+    transport: Name
+
+
+class Opened(Message, tag="opened", frozen=True, kw_only=True):
+    transfer: U64
+    held: bool
+    reason: Words = ""
+    remaining_ms: Millis = 0
+
+
+class Commit(Message, tag="commit", frozen=True, kw_only=True):
+    """Was the lease held until now? ``final`` also releases it for this reader; without it, it is a CHECK."""
+
+    transfer: U64
+    part: U32
+    lease: U64
+    epoch: U32
+    capability: Capability
+    reader: Name
+    final: bool
+    audit: Audit | None = None
+
+
+class Verdict(Message, tag="verdict", frozen=True, kw_only=True):
+    """Answer to Commit; ``compared`` counts the audit digests that were compared."""
+
+    transfer: U64
+    part: U32
+    held: bool
+    reason: Words = ""
+    compared: U32 = 0
+
+
+class Renew(Message, tag="renew", frozen=True, kw_only=True):
+    lease: U64
+    epoch: U32
+    capability: Capability
+
+
+class Renewed(Message, tag="renewed", frozen=True, kw_only=True):
+    lease: U64
+    epoch: U32
+    held: bool
+    remaining_ms: Millis = 0
+
+
+class Release(Message, tag="release", frozen=True, kw_only=True):
+    """The reader (or, with an empty name, whoever brokers the hand-over) does not need the lease any more."""
+
+    lease: U64
+    epoch: U32
+    capability: Capability
+    reader: Name = ""
+
+
+class Stale(Message, tag="stale", frozen=True, kw_only=True):
+    """Whoever was meant by ``incarnation`` is gone; ``src`` is who answers at this address now."""
+
+    incarnation: U64
+
+
+class Refused(Message, tag="refused", frozen=True, kw_only=True):
+    """A bound of the receiver would be exceeded; ``transfer`` is what it was about."""
+
+    transfer: U64
+    reason: Words
+
+
+class Bye(Message, tag="bye", frozen=True, kw_only=True):
+    """The sender closes now."""
+
+
+AnyMessage = Hello | Welcome | Open | Opened | Commit | Verdict | Renew | Renewed | Release | Stale | Refused | Bye
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes) -> AnyMessage:
+    """Raises RemoteProtocolError on anything but one whole message within bounds."""
+    if len(frame) > MAX_FRAME:
+        raise RemoteProtocolError(f"frame of {len(frame)} bytes, the limit is {MAX_FRAME}")
+    try:
+        return _decoder.decode(frame)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError, ValueError) as error:
+        raise RemoteProtocolError(f"not a message of protocol version {VERSION}: {error}") from None

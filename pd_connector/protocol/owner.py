@@ -1,0 +1,318 @@
+"""The owner's half of the core: grants leases, answers readers from the lease table, ends leases exactly once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+
+from pd_connector.errors import LocalProtocolError
+from pd_connector.protocol.context import Context
+from pd_connector.protocol.events import (
+    DigestBlocks,
+    Digested,
+    Extend,
+    Grant,
+    GrantBlocks,
+    LeaseEnded,
+    LeaseRenewed,
+    RevokeBlocks,
+)
+from pd_connector.protocol.lease import Answer, Lease, LeaseInput, LeaseState, LeaseTable, Unknown
+from pd_connector.protocol.messages import (
+    DIGEST_BYTES,
+    VERSION,
+    Bye,
+    Commit,
+    Hello,
+    Open,
+    Opened,
+    Refused,
+    Release,
+    Renew,
+    Renewed,
+    Verdict,
+    Welcome,
+)
+
+LeaseRequest = Open | Commit | Renew | Release
+
+
+class Owner:
+    def __init__(self, context: Context) -> None:
+        limits = context.limits
+        self._context = context
+        self._guests: OrderedDict[str, int] = OrderedDict()
+        self._parked: OrderedDict[int, tuple[str, LeaseRequest]] = OrderedDict()
+        self._jobs: dict[int, tuple[str, Commit, Lease]] = {}
+        self.table = LeaseTable(
+            max_leases=limits.max_leases, remember_seconds=limits.remember, max_remembered=limits.max_remembered
+        )
+
+    # --- local calls --------------------------------------------------------------------------------------------------
+
+    def grant(self, event: Grant, now: float) -> None:
+        if self._context.draining:
+            raise LocalProtocolError(f"lease {event.number}: this agent is draining and grants nothing new")
+        if event.readers < 1 or event.seconds <= 0:
+            raise LocalProtocolError(f"lease {event.number}: needs at least one reader and a positive time")
+        if (why_not := self.table.why_not(event.number, event.epoch)) is not None:
+            raise LocalProtocolError(why_not)
+        lease = Lease(
+            number=event.number,
+            epoch=event.epoch,
+            capability=event.capability,
+            blocks={group: frozenset(ids) for group, ids in event.blocks.items()},
+            readers=event.readers,
+            seconds=event.seconds,
+            deadline=now + min(event.seconds, event.cap_seconds),
+            cap=now + event.cap_seconds,
+        )
+        self.table.grant(lease)
+        self._context.counters["leases_granted"] += 1
+        self._context.timers.set(("lease", lease.number), lease.deadline)
+        self._context.emit(GrantBlocks(event.number, event.epoch, event.capability, event.blocks))
+        self._unpark(event.number, now)
+
+    def end(self, number: int, reason: str, now: float) -> None:
+        lease = self.table.get(number)
+        if lease is None:
+            self._context.counters["late_events"] += 1
+        elif lease.step(LeaseInput.TAKEN_BACK, reason):
+            self._finish(lease, now)
+
+    def extend(self, event: Extend, now: float) -> None:
+        if (lease := self.table.get(event.number)) is not None:
+            self._renew(lease, now)
+
+    def close(self, now: float) -> None:
+        for lease in self.table.all():
+            self.end(lease.number, "the owner closed", now)
+        for route, incarnation in self._guests.items():
+            self._context.send(route, Bye(src=self._context.incarnation, dst=incarnation))
+        self._guests.clear()
+        self._parked.clear()
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def hello(self, route: str, message: Hello) -> None:
+        me = self._context.identity
+        diff = self._context.refusal(message.version, VERSION, message.model, message.layout)
+        self._guests[route] = message.src
+        self._guests.move_to_end(route)
+        if len(self._guests) > self._context.limits.max_guests:
+            self._guests.popitem(last=False)  # it only loses the courtesy of a Bye
+        self._context.counters["hellos_refused" if diff else "hellos"] += 1
+        self._context.send(
+            route,
+            Welcome(
+                src=me.incarnation,
+                dst=message.src,
+                version=VERSION,
+                agent=me.agent,
+                model=me.model,
+                layout=me.layout,
+                transports=me.transports,
+                # The reader's words about us read the other way round; it computes its own diff, this one is for a
+                # reader of an older version that would not.
+                refused="; ".join(diff)[:4096],
+                directory=me.directory,
+            ),
+        )
+
+    def request(self, route: str, message: LeaseRequest, now: float) -> None:
+        if isinstance(message, Commit) and (answer := self.table.recall(message.src, message.transfer, message.part)):
+            self._context.counters["commits_repeated"] += 1
+            self._verdict(route, message, answer)
+            return
+        found = self.table.find(message.lease, message.epoch, message.capability)
+        if found is Unknown.NOT_YET:
+            self._park(route, message, now)
+        elif isinstance(found, Lease):
+            self._held(route, message, found, now)
+        else:
+            self._not_held(route, message)
+
+    def _held(self, route: str, message: LeaseRequest, lease: Lease, now: float) -> None:
+        me = self._context.incarnation
+        if isinstance(message, Commit):
+            self._commit(route, message, lease, now)
+            return
+        if isinstance(message, Release):
+            reader_done = bool(message.reader)
+            if not reader_done and lease.step(LeaseInput.TAKEN_BACK, "released by whoever brokers the hand-over"):
+                self._finish(lease, now)
+            elif reader_done:
+                self._reader_done(lease, message.reader, f"released by {message.reader}", now)
+            return
+        self._renew(lease, now)
+        left = int((lease.deadline - now) * 1000)
+        if isinstance(message, Open):
+            answer = Opened(src=me, dst=message.src, transfer=message.transfer, held=True, remaining_ms=left)
+            self._context.send(route, answer)
+        else:
+            self._context.notify(LeaseRenewed(lease.number, lease.epoch))
+            self._context.send(
+                route,
+                Renewed(src=me, dst=message.src, lease=lease.number, epoch=lease.epoch, held=True, remaining_ms=left),
+            )
+
+    def _not_held(self, route: str, message: LeaseRequest) -> None:
+        me = self._context.incarnation
+        reason = f"lease {message.lease} is not held: {self.table.reason_of(message.lease)}"
+        if isinstance(message, Commit):
+            self._context.counters["commits_not_held"] += 1
+            self._verdict(route, message, Answer(False, reason))
+        elif isinstance(message, Open):
+            self._context.send(
+                route, Opened(src=me, dst=message.src, transfer=message.transfer, held=False, reason=reason)
+            )
+        elif isinstance(message, Renew):
+            self._context.send(
+                route, Renewed(src=me, dst=message.src, lease=message.lease, epoch=message.epoch, held=False)
+            )
+
+    # --- verdicts -----------------------------------------------------------------------------------------------------
+
+    def _commit(self, route: str, message: Commit, lease: Lease, now: float) -> None:
+        if message.audit is None:
+            self._decide(route, message, lease, Answer(True), now)
+            return
+        asked = (message.src, message.transfer, message.part)
+        if any((m.src, m.transfer, m.part) == asked for _, m, _ in self._jobs.values()):
+            return  # a repeat while the digests of the first one are still being computed
+        problem = self._audit_problem(message, lease)
+        if problem:
+            self._verdict(route, message, Answer(False, problem))
+            return
+        job = self._context.new_id()
+        self._jobs[job] = (route, message, lease)
+        self._renew(lease, now)
+        runs = np.frombuffer(message.audit.runs, "<u4").reshape(-1, 3).astype(np.uint32)
+        self._context.emit(DigestBlocks(job, runs, 0, message.audit.grids))
+
+    def _audit_problem(self, message: Commit, lease: Lease) -> str:
+        audit, layout = message.audit, self._context.identity.layout
+        assert audit is not None
+        if len(self._jobs) >= self._context.limits.max_digest_jobs:
+            return "audit: too many digests are being computed here (max_digest_jobs)"
+        if layout is None or len(audit.runs) % 12:
+            return "audit: malformed"
+        runs = np.frombuffer(audit.runs, "<u4").reshape(-1, 3).astype(np.int64)
+        parts = [group for group, part in enumerate(layout.groups) for _ in part.part_bytes]
+        if any(grid >= len(parts) for grid in audit.grids):
+            return "audit: names a grid that does not exist here"
+        blocks = int(runs[:, 2].sum())
+        if blocks * len(audit.grids) * DIGEST_BYTES != len(audit.digests):
+            return "audit: the number of digests does not match the blocks"
+        for group in {parts[grid] for grid in audit.grids}:
+            leased = lease.blocks.get(group, frozenset())
+            if any(block not in leased for first, _, count in runs.tolist() for block in range(first, first + count)):
+                return "audit: names a block that is not leased"
+        return ""
+
+    def digested(self, event: Digested, now: float) -> None:
+        job = self._jobs.pop(event.job, None)
+        if job is None:
+            self._context.counters["late_events"] += 1
+            return
+        route, message, lease = job
+        assert message.audit is not None
+        compared = len(message.audit.digests) // DIGEST_BYTES
+        if event.digests is None:
+            self._verdict(route, message, Answer(False, "audit: the owner could not digest its blocks"))
+        elif lease.state is not LeaseState.HELD:
+            # The bytes that were digested may not be the leased ones any more.
+            self._not_held(route, message)
+        elif event.digests != message.audit.digests:
+            self._context.counters["audit_mismatches"] += 1
+            where = _first_difference(event.digests, message)
+            self._decide(route, message, lease, Answer(False, f"audit: {where}", compared), now)
+        else:
+            self._decide(route, message, lease, Answer(True, "", compared), now)
+
+    def _decide(self, route: str, message: Commit, lease: Lease, answer: Answer, now: float) -> None:
+        self.table.remember(message.src, message.transfer, message.part, answer, now)
+        self._context.counters["commits_held" if answer.held else "commits_not_held"] += 1
+        self._verdict(route, message, answer)
+        if message.final:
+            self._reader_done(lease, message.reader, "every reader has its blocks", now)
+        else:
+            self._renew(lease, now)
+
+    def _verdict(self, route: str, message: Commit, answer: Answer) -> None:
+        self._context.send(
+            route,
+            Verdict(
+                src=self._context.incarnation,
+                dst=message.src,
+                transfer=message.transfer,
+                part=message.part,
+                held=answer.held,
+                reason=answer.reason,
+                compared=answer.compared,
+            ),
+        )
+
+    # --- lease ends ---------------------------------------------------------------------------------------------------
+
+    def expire(self, number: int, now: float) -> None:
+        lease = self.table.get(number)
+        if lease is not None and lease.step(LeaseInput.EXPIRED, "it expired"):
+            self._context.counters["leases_expired"] += 1
+            self._finish(lease, now)
+
+    def _reader_done(self, lease: Lease, reader: str, reason: str, now: float) -> None:
+        lease.done.add(reader)
+        what = LeaseInput.LAST_READER_DONE if len(lease.done) >= lease.readers else LeaseInput.READER_DONE
+        if lease.step(what, reason):
+            self._finish(lease, now)
+
+    def _renew(self, lease: Lease, now: float) -> None:
+        lease.step(LeaseInput.RENEWED)
+        lease.deadline = max(lease.deadline, min(now + lease.seconds, lease.cap))
+        self._context.timers.set(("lease", lease.number), lease.deadline)
+
+    def _finish(self, lease: Lease, now: float) -> None:
+        self.table.end(lease, now)
+        self._context.timers.cancel(("lease", lease.number))
+        self._context.emit(RevokeBlocks(lease.number, lease.epoch))
+        self._context.notify(LeaseEnded(lease.number, lease.epoch, lease.reason))
+
+    # --- requests that came before their grant ------------------------------------------------------------------------
+
+    def _park(self, route: str, message: LeaseRequest, now: float) -> None:
+        if len(self._parked) >= self._context.limits.max_parked:
+            self._context.counters["parked_refused"] += 1
+            if isinstance(message, Open | Commit):
+                reason = f"{len(self._parked)} requests for ungranted leases wait here already (max_parked)"
+                self._context.send(
+                    route,
+                    Refused(src=self._context.incarnation, dst=message.src, transfer=message.transfer, reason=reason),
+                )
+            return
+        ticket = self._context.new_id()
+        self._parked[ticket] = (route, message)
+        self._context.timers.set(("parked", ticket), now + self._context.limits.park)
+
+    def _unpark(self, number: int, now: float) -> None:
+        for ticket in [t for t, (_, message) in self._parked.items() if message.lease == number]:
+            route, message = self._parked.pop(ticket)
+            self._context.timers.cancel(("parked", ticket))
+            self.request(route, message, now)
+
+    def give_up_parked(self, ticket: int) -> None:
+        if (entry := self._parked.pop(ticket, None)) is not None:
+            self._not_held(*entry)
+
+
+def _first_difference(ours: bytes, message: Commit) -> str:
+    audit = message.audit
+    assert audit is not None
+    runs = np.frombuffer(audit.runs, "<u4").reshape(-1, 3)
+    blocks = np.concatenate([np.arange(first, first + count) for first, _, count in runs.tolist()])
+    a = np.frombuffer(ours, f"V{DIGEST_BYTES}")
+    b = np.frombuffer(audit.digests, f"V{DIGEST_BYTES}")
+    wrong = [index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
+    grid, block = divmod(wrong[0], len(blocks)) if wrong else (0, 0)
+    return f"{len(wrong)} of {len(b)} digests differ, first in block {int(blocks[block])} of grid {audit.grids[grid]}"

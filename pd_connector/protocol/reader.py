@@ -1,0 +1,392 @@
+"""The reader's half of the core: greets owners, pulls blocks, asks for verdicts, keeps destinations in quarantine."""
+
+from __future__ import annotations
+
+from pd_connector.errors import (
+    LayoutMismatch,
+    LeaseExpired,
+    LocalProtocolError,
+    PDError,
+    PeerLost,
+    RemoteProtocolError,
+    TransferFailed,
+    TransportUnavailable,
+)
+from pd_connector.protocol.context import Context
+from pd_connector.protocol.dialer import Dialer
+from pd_connector.protocol.events import (
+    Cancel,
+    Completed,
+    DigestBlocks,
+    Digested,
+    Fence,
+    PartConfirmed,
+    PostRead,
+    Pull,
+    TransferEnded,
+)
+from pd_connector.protocol.messages import (
+    Audit,
+    Commit,
+    Open,
+    Opened,
+    Refused,
+    Release,
+    Renew,
+    Verdict,
+)
+from pd_connector.protocol.session import Session
+from pd_connector.protocol.transfer import PartState, Transfer, TransferInput, TransferState
+
+
+class Reader:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.dialer = Dialer(context, self)
+        self.transfers: dict[int, Transfer] = {}
+        self._tags: dict[int, int] = {}
+        self._jobs: dict[int, int] = {}
+        self._fences: dict[int, str] = {}
+
+    # --- local calls --------------------------------------------------------------------------------------------------
+
+    def pull(self, event: Pull, now: float) -> None:
+        limits = self._context.limits
+        if self._context.draining:
+            raise LocalProtocolError("this agent is draining and starts no new pull")
+        if not event.parts or event.timeout <= 0:
+            raise LocalProtocolError("a pull needs at least one part and a positive timeout")
+        if event.transfer in self.transfers:
+            raise LocalProtocolError(f"transfer {event.transfer} is running already")
+        if len(self.transfers) >= limits.max_transfers:
+            raise LocalProtocolError(
+                f"{len(self.transfers)} transfers are running, the limit is {limits.max_transfers}"
+            )
+        ticket = event.ticket
+        transfer = Transfer(event, now, ticket.address, ticket.incarnation, now + event.timeout)
+        self.transfers[event.transfer] = transfer
+        self._context.counters["transfers"] += 1
+        self._context.timers.set(("transfer", event.transfer), transfer.deadline)
+        self.dialer.attach(event.transfer, ticket.address, ticket.incarnation, now)
+
+    def abort(self, number: int, reason: str, now: float) -> None:
+        transfer = self.transfers.get(number)
+        if transfer is None:
+            self._context.counters["late_events"] += 1
+        else:
+            self._give_up(transfer, TransferFailed(f"{self._words(transfer)}: {reason}"), now, outcome="aborted")
+
+    def close(self, now: float) -> None:
+        for transfer in list(self.transfers.values()):
+            error = TransferFailed(f"{self._words(transfer)}: this agent closed")
+            self._give_up(transfer, error, now, outcome="aborted")
+        self.dialer.close(now)
+
+    def outstanding_tags(self) -> list[int]:
+        return list(self._tags)
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def session_failed(self, number: int, error: PDError, now: float) -> None:
+        transfer = self.transfers.get(number)
+        if transfer is not None and transfer.state is not TransferState.SETTLING:
+            self._give_up(transfer, error, now)
+
+    def session_ready(self, number: int, session: Session, now: float) -> None:
+        transfer = self.transfers.get(number)
+        if transfer is None or transfer.state is not TransferState.CONNECTING:
+            return
+        if session.directory:
+            endpoint = session.directory.get(transfer.pull.rank)
+            if endpoint is None or transfer.address != transfer.pull.ticket.address:
+                error = LayoutMismatch(f"{session.who} has no rank {transfer.pull.rank}")
+                self._give_up(transfer, error, now)
+                return
+            transfer.address, transfer.incarnation = endpoint.address, endpoint.incarnation
+            self.dialer.attach(number, endpoint.address, endpoint.incarnation, now)
+            return
+        if not session.transport:
+            self._give_up(transfer, TransportUnavailable("any", f"{session.who} offers no transport"), now)
+            return
+        transfer.step(TransferInput.PEER_READY)
+        transfer.ready_at = now
+        transfer.transport, transfer.peer = session.transport, session.peer
+        session.active.add(number)
+        self._send_open(transfer)
+        self._context.timers.set(("retry", number), now + self._context.limits.retry)
+        self._context.timers.set(("renew", number), now + self._context.limits.renew)
+        self._advance(transfer, now)
+
+    def _send_open(self, transfer: Transfer) -> None:
+        ticket = transfer.pull.ticket
+        self._context.send(
+            transfer.address,
+            Open(
+                src=self._context.incarnation,
+                dst=transfer.incarnation,
+                transfer=transfer.pull.transfer,
+                lease=ticket.lease,
+                epoch=ticket.epoch,
+                capability=ticket.capability,
+                reader=self._context.identity.agent,
+                transport=transfer.transport,
+            ),
+        )
+
+    def _advance(self, transfer: Transfer, now: float) -> None:
+        """Post reads up to the window, ask for verdicts on what was read, and commit when only that is left."""
+        if transfer.state is not TransferState.READING:
+            return
+        for part in list(transfer.in_state(PartState.PENDING)):
+            if len(transfer.tags) >= self._context.limits.window:
+                break
+            plan = transfer.pull.parts[part]
+            if not plan.num_blocks:
+                self._part_read(transfer, part)
+                continue
+            tag = self._context.new_id()
+            transfer.parts[part] = PartState.POSTED
+            transfer.tags[tag] = part
+            self._tags[tag] = transfer.pull.transfer
+            ticket, owner, priority = transfer.pull.ticket, transfer.peer, transfer.pull.priority
+            self._context.emit(
+                PostRead(owner, transfer.transport, ticket.lease, ticket.epoch, ticket.capability, plan, tag, priority)
+            )
+        others = transfer.parts[:-1]
+        if transfer.parts[-1] is PartState.READ and all(part is PartState.CONFIRMED for part in others):
+            transfer.step(TransferInput.ALL_READ)
+            transfer.read_at = now
+            self._ask(transfer, transfer.last)
+
+    def completed(self, event: Completed, now: float) -> None:
+        if (peer := self._fences.pop(event.tag, None)) is not None:
+            self._context.timers.cancel(("fence", event.tag))
+            self.dialer.unsettled.discard(peer)
+            return
+        transfer = self.transfers.get(self._tags.pop(event.tag, 0))
+        if transfer is None:
+            self._context.counters["late_events"] += 1
+            return
+        part = transfer.tags.pop(event.tag)
+        if transfer.state is TransferState.SETTLING:
+            self._settle(transfer, now)
+        elif event.status == "done":
+            self._part_read(transfer, part)
+            self._advance(transfer, now)
+        elif event.status == "not_granted" and part not in transfer.reposted:
+            # The grant may still be on its way from the owner's engine to its transport: wait for OPENED, try again.
+            transfer.reposted.add(part)
+            transfer.parts[part] = PartState.PENDING if transfer.opened else PartState.PARKED
+            self._advance(transfer, now)
+        elif event.status == "not_granted":
+            error: PDError = LeaseExpired(f"{self._words(transfer)}: the owner's transport refused: {event.detail}")
+            self._give_up(transfer, error, now)
+        elif event.status == "peer_lost":
+            error = PeerLost(f"{self._words(transfer)}: {event.detail or 'the data connection broke'}")
+            self._give_up(transfer, error, now)
+            self.dialer.data_lost(transfer.address, transfer.peer, error, now)
+        else:
+            error = TransferFailed(f"{self._words(transfer)}: read ended {event.status}: {event.detail}")
+            self._give_up(transfer, error, now)
+
+    def _part_read(self, transfer: Transfer, part: int) -> None:
+        transfer.parts[part] = PartState.READ
+        if part != transfer.last:
+            self._ask(transfer, part)
+
+    # --- verdicts -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, transfer: Transfer, part: int) -> None:
+        """Ask for the verdict on a part that was read; with audit, digest it first."""
+        if not transfer.pull.audit or part in transfer.digests:
+            self._send_commit(transfer, part)
+        elif part not in transfer.jobs.values():
+            plan = transfer.pull.parts[part]
+            job = self._context.new_id()
+            transfer.jobs[job] = part
+            self._jobs[job] = transfer.pull.transfer
+            self._context.emit(DigestBlocks(job, plan.runs, 1, tuple(p.dst_grid for p in plan.patterns)))
+
+    def digested(self, event: Digested, now: float) -> bool:
+        """False when the job is not one of ours."""
+        number = self._jobs.pop(event.job, None)
+        if number is None:
+            return False
+        transfer = self.transfers.get(number)
+        if transfer is None or transfer.state not in (TransferState.READING, TransferState.CONFIRMING):
+            self._context.counters["late_events"] += 1
+            return True
+        part = transfer.jobs.pop(event.job)
+        if event.digests is None:
+            self._give_up(transfer, TransferFailed(f"{self._words(transfer)}: could not digest what was read"), now)
+        else:
+            transfer.digests[part] = event.digests
+            self._send_commit(transfer, part)
+        return True
+
+    def _send_commit(self, transfer: Transfer, part: int) -> None:
+        ticket, plan = transfer.pull.ticket, transfer.pull.parts[part]
+        audit = None
+        if transfer.pull.audit:
+            grids = tuple(pattern.src_grid for pattern in plan.patterns)
+            audit = Audit(plan.runs.astype("<u4").tobytes(), grids, transfer.digests[part])
+        self._context.send(
+            transfer.address,
+            Commit(
+                src=self._context.incarnation,
+                dst=transfer.incarnation,
+                transfer=transfer.pull.transfer,
+                part=part,
+                lease=ticket.lease,
+                epoch=ticket.epoch,
+                capability=ticket.capability,
+                reader=self._context.identity.agent,
+                final=part == transfer.last,
+                audit=audit if audit is None or audit.digests else None,
+            ),
+        )
+
+    def verdict(self, message: Verdict, now: float) -> None:
+        transfer = self.transfers.get(message.transfer)
+        if transfer is None or transfer.incarnation != message.src or message.part > transfer.last:
+            self._context.counters["late_events"] += 1
+            return
+        final = message.part == transfer.last
+        expected = TransferState.CONFIRMING if final else TransferState.READING
+        if transfer.state is not expected or transfer.parts[message.part] is not PartState.READ:
+            self._context.counters["late_events"] += 1
+            return
+        if not message.held:
+            self._context.counters["verdicts_not_held"] += 1
+            self._give_up(transfer, LeaseExpired(f"{self._words(transfer)}: {message.reason}"), now)
+            return
+        transfer.compared += message.compared
+        transfer.parts[message.part] = PartState.CONFIRMED
+        self._context.notify(PartConfirmed(transfer.pull.transfer, message.part))
+        if final:
+            transfer.step(TransferInput.HELD)
+            transfer.outcome = "done"
+            self._end(transfer, now)
+        else:
+            self._advance(transfer, now)
+
+    def opened(self, message: Opened, now: float) -> None:
+        transfer = self.transfers.get(message.transfer)
+        if transfer is None or transfer.incarnation != message.src or transfer.state is not TransferState.READING:
+            self._context.counters["late_events"] += 1
+            return
+        if not message.held:
+            self._give_up(transfer, LeaseExpired(f"{self._words(transfer)}: {message.reason}"), now)
+            return
+        transfer.opened = True
+        transfer.renew_every = max(message.remaining_ms / 3000, 0.05)
+        self._context.timers.set(("renew", transfer.pull.transfer), now + transfer.renew_every)
+        for part in list(transfer.in_state(PartState.PARKED)):
+            transfer.parts[part] = PartState.PENDING
+        self._advance(transfer, now)
+
+    def refused(self, message: Refused, now: float) -> None:
+        transfer = self.transfers.get(message.transfer)
+        if transfer is not None and transfer.incarnation == message.src:
+            self._give_up(transfer, RemoteProtocolError(f"{self._words(transfer)}: refused: {message.reason}"), now)
+
+    def retry(self, number: int, now: float) -> None:
+        """Repeat whatever is unanswered; every repeat is answered like the first."""
+        transfer = self.transfers.get(number)
+        if transfer is None or transfer.state not in (TransferState.READING, TransferState.CONFIRMING):
+            return
+        if not transfer.opened and transfer.state is TransferState.READING:
+            self._send_open(transfer)
+        for part in list(transfer.in_state(PartState.READ)):
+            if part != transfer.last or transfer.state is TransferState.CONFIRMING:
+                self._ask(transfer, part)
+        self._context.timers.set(("retry", number), now + self._context.limits.retry)
+
+    def renew(self, number: int, now: float) -> None:
+        transfer = self.transfers.get(number)
+        if transfer is None or transfer.state not in (TransferState.READING, TransferState.CONFIRMING):
+            return
+        ticket = transfer.pull.ticket
+        self._context.send(
+            transfer.address,
+            Renew(
+                src=self._context.incarnation,
+                dst=transfer.incarnation,
+                lease=ticket.lease,
+                epoch=ticket.epoch,
+                capability=ticket.capability,
+            ),
+        )
+        every = transfer.renew_every or self._context.limits.renew
+        self._context.timers.set(("renew", number), now + every)
+
+    # --- endings ------------------------------------------------------------------------------------------------------
+
+    def transfer_timeout(self, number: int, now: float) -> None:
+        if (transfer := self.transfers.get(number)) is not None:
+            error = PeerLost(
+                f"{self._words(transfer)}: no end within {transfer.pull.timeout:g} s while {transfer.state}; "
+                "is the peer alive, and is the deadline long enough for this many bytes?"
+            )
+            self._give_up(transfer, error, now)
+
+    def _give_up(self, transfer: Transfer, error: PDError, now: float, *, outcome: str = "failed") -> None:
+        was = transfer.state
+        if not transfer.step(TransferInput.GIVE_UP):
+            self._context.counters["late_events"] += 1
+            return
+        transfer.outcome, transfer.error = outcome, error
+        number, ticket = transfer.pull.transfer, transfer.pull.ticket
+        for timer in ("transfer", "retry", "renew"):
+            self._context.timers.cancel((timer, number))
+        if was is not TransferState.CONNECTING:
+            self._context.send(
+                transfer.address,
+                Release(
+                    src=self._context.incarnation,
+                    dst=transfer.incarnation,
+                    lease=ticket.lease,
+                    epoch=ticket.epoch,
+                    capability=ticket.capability,
+                    reader=self._context.identity.agent,
+                ),
+            )
+        for tag in transfer.tags:
+            self._context.emit(Cancel(transfer.transport, tag))
+        self._context.timers.set(("settle", number), now + self._context.limits.settle)
+        self._settle(transfer, now)
+
+    def _settle(self, transfer: Transfer, now: float) -> None:
+        if not transfer.tags and transfer.step(TransferInput.QUIET):
+            self._end(transfer, now)
+
+    def settle_timeout(self, number: int, now: float) -> None:
+        """A cancelled read did not settle: fence its peer; should that fail too, the blocks stay in quarantine."""
+        transfer = self.transfers.get(number)
+        if transfer is None or transfer.state is not TransferState.SETTLING:
+            return
+        peer = transfer.peer
+        if peer not in self._fences.values():
+            tag = self._context.new_id()
+            self._fences[tag] = peer
+            self._context.counters["fences"] += 1
+            self._context.timers.set(("fence", tag), now + self._context.limits.fence)
+            self._context.emit(Fence(peer, transfer.transport, tag))
+
+    def fence_timeout(self, tag: int) -> None:
+        if (peer := self._fences.get(tag)) is not None:
+            self._context.counters["fences_timed_out"] += 1
+            self.dialer.unsettled.add(peer)
+
+    def _end(self, transfer: Transfer, now: float) -> None:
+        number = transfer.pull.transfer
+        del self.transfers[number]
+        for timer in ("transfer", "retry", "renew", "settle"):
+            self._context.timers.cancel((timer, number))
+        self._context.counters[f"transfers_{transfer.outcome}"] += 1
+        failed = () if transfer.outcome == "done" else transfer.failed_blocks()
+        self._context.notify(TransferEnded(number, transfer.outcome, transfer.error, failed, transfer.stats(now)))
+        self.dialer.detach(number, transfer.address, now)
+
+    def _words(self, transfer: Transfer) -> str:
+        return f"pull {transfer.pull.transfer} under {transfer.pull.ticket!r} while {transfer.state}"

@@ -1,0 +1,1 @@
+"""Public test tools: the conformance suite of transports, fault injection, simulation."""

@@ -1,0 +1,1 @@
+"""Bulk data: how bytes of leased blocks reach the reader."""

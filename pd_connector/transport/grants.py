@@ -1,0 +1,74 @@
+"""What readers may read: lease → capability and block ids, consulted by an owner before every slice."""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pd_connector.errors import LocalProtocolError
+from pd_connector.transport.base import LeasedBlocks, LeaseId
+
+MIN_CAPABILITY_BYTES = 16
+MAX_CAPABILITY_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Grant:
+    capability: bytes
+    blocks: dict[int, npt.NDArray[np.uint32]]  # sorted, per KV cache group
+
+
+class Grants:
+    """Thread-safe. A lock of its own and no call out of it, so that two agents may consult each other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._grants: dict[LeaseId, _Grant] = {}
+
+    def add(self, lease: LeaseId, capability: bytes, blocks: LeasedBlocks) -> None:
+        if not MIN_CAPABILITY_BYTES <= len(capability) <= MAX_CAPABILITY_BYTES:
+            raise LocalProtocolError(
+                f"{lease}: a capability has {MIN_CAPABILITY_BYTES}..{MAX_CAPABILITY_BYTES} bytes, got {len(capability)}"
+            )
+        grant = _Grant(
+            bytes(capability), {group: np.unique(np.asarray(ids, np.uint32)) for group, ids in blocks.items()}
+        )
+        with self._lock:
+            self._grants[lease] = grant
+
+    def remove(self, lease: LeaseId) -> None:
+        with self._lock:
+            self._grants.pop(lease, None)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._grants.clear()
+
+    def refusal(
+        self, lease: LeaseId, capability: bytes, groups: npt.NDArray[np.int64], blocks: npt.NDArray[np.uint32]
+    ) -> str | None:
+        """Why these blocks of each of these groups may not be read, or None.
+
+        A wrong capability and a block outside the lease get one and the same answer: a reader that guesses learns
+        nothing from it.
+        """
+        with self._lock:
+            grant = self._grants.get(lease)
+        if grant is None:
+            return f"lease {lease.number} epoch {lease.epoch} is not granted here (not yet, or no longer)"
+        allowed = hmac.compare_digest(grant.capability, capability)
+        for group in np.unique(groups).tolist():
+            leased = grant.blocks.get(group)
+            allowed = allowed and leased is not None and _within(leased, blocks)
+        return None if allowed else f"lease {lease.number} epoch {lease.epoch} does not cover this read"
+
+
+def _within(leased: npt.NDArray[np.uint32], blocks: npt.NDArray[np.uint32]) -> bool:
+    if not len(leased):
+        return not len(blocks)
+    at = np.minimum(np.searchsorted(leased, blocks), len(leased) - 1)
+    return bool(np.array_equal(leased[at], blocks))

@@ -1,0 +1,269 @@
+"""The reader's half of the zmq transport: peers, their reads and the slices in flight.
+
+Everything here runs in the transport's I/O thread, and so does every write into local memory. A read that this thread
+ended is therefore quiet at once: answers that still arrive for it are dropped.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from pd_connector.errors import RemoteProtocolError
+from pd_connector.plan import CopyPlan
+from pd_connector.transport.base import LeaseId, PeerId, Status
+from pd_connector.transport.hostmem import HostMemory
+from pd_connector.transport.slices import Slice, cut
+from pd_connector.transport.tags import TagBook
+from pd_connector.transport.zmq_owner import set_heartbeat
+from pd_connector.transport.zmq_wire import (
+    MAX_ANSWER_FRAME,
+    Answer,
+    Code,
+    Ping,
+    Pong,
+    Request,
+    Where,
+    decode_answer,
+    encode,
+    encode_request,
+)
+
+WINDOW_BYTES = 16 << 20
+WINDOW_SLICES = 32
+"""In flight per peer; the bytes bound what libzmq may buffer, the count keeps many small slices below its queue."""
+
+_LOST = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_STATUS = {Code.NOT_GRANTED: Status.NOT_GRANTED, Code.REFUSED: Status.ERROR}
+
+
+@dataclass(slots=True, eq=False)
+class _Read:
+    tag: int
+    peer: PeerId
+    lease: LeaseId
+    capability: bytes
+    priority: int
+    slices: Iterator[Slice]
+    left: int  # bytes not yet written
+    open: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """One connection. It is thrown away, never revived: answers of an old one cannot reach a new one."""
+
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    nonce: bytes
+    next_serial: int = 0
+    pending: dict[int, tuple[_Read, Slice]] = field(default_factory=dict)
+    in_flight: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    id: PeerId
+    where: Where
+    link: _Link | None = None
+    connect_tag: int | None = None
+    queues: dict[int, deque[_Read]] = field(default_factory=dict)  # per priority, reads that have slices to ask for
+
+
+class Reader:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller, tags: TagBook) -> None:
+        self.memory = HostMemory(())
+        self.counters = {"bytes_read": 0, "malformed_answers": 0, "peers_lost": 0}
+        self._context, self._poller, self._tags = context, poller, tags
+        self._peers: dict[PeerId, _Peer] = {}
+        self._reads: dict[int, _Read] = {}
+        self._handlers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+
+    def handle(self, socket: object) -> None:
+        """A polled socket is readable (or was, before an earlier event of the same turn closed it)."""
+        handler = self._handlers.get(socket)  # type: ignore[call-overload]
+        if handler is not None:
+            handler()
+
+    def connect(self, peer_id: PeerId, where: Where, tag: int) -> None:
+        self.disconnect(peer_id)
+        peer = self._peers[peer_id] = _Peer(peer_id, where, connect_tag=tag)
+        link = self._open(peer)
+        link.socket.send(encode(Ping(link.nonce)), zmq.NOBLOCK)
+
+    def disconnect(self, peer_id: PeerId) -> None:
+        peer = self._peers.pop(peer_id, None)
+        if peer is not None:
+            self._end_all(peer, Status.CANCELLED, "disconnected")
+
+    def fence(self, peer_id: PeerId, tag: int) -> None:
+        peer = self._peers.get(peer_id)
+        if peer is not None:
+            self._end_all(peer, Status.CANCELLED, "fenced")
+        self._tags.finish(tag, Status.DONE)
+
+    def post(self, peer_id: PeerId, lease: LeaseId, capability: bytes, plan: CopyPlan, tag: int, priority: int) -> None:
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            self._tags.finish(tag, Status.PEER_LOST, f"peer {peer_id} is not connected (or was lost): connect first")
+            return
+        read = self._reads[tag] = _Read(tag, peer_id, lease, capability, priority, cut(plan), plan.num_bytes)
+        peer.queues.setdefault(priority, deque()).append(read)
+        self._pump(peer)
+
+    def cancel(self, tag: int) -> None:
+        read = self._reads.get(tag)
+        if read is not None:
+            self._end(read, Status.CANCELLED, "cancelled")
+
+    def close(self) -> None:
+        for peer in self._peers.values():
+            self._close_link(peer)
+        self._peers.clear()
+        self._reads.clear()
+
+    def _pump(self, peer: _Peer) -> None:
+        """Ask for slices while the window is open: low priority numbers first, equal ones in turn."""
+        link = peer.link or self._open(peer)
+        while peer.queues and link.in_flight < WINDOW_BYTES and len(link.pending) < WINDOW_SLICES:
+            queue = peer.queues[min(peer.queues)]
+            read = queue[0]
+            piece = next(read.slices, None)
+            if piece is None:
+                self._unqueue(peer, read)
+                continue
+            queue.rotate(-1)
+            serial, link.next_serial = link.next_serial, link.next_serial + 1
+            link.pending[serial] = (read, piece)
+            link.in_flight += piece.num_bytes
+            request = Request(serial, read.lease, read.capability, piece.src_blocks, piece.src_parts)
+            link.socket.send_multipart(encode_request(request), zmq.NOBLOCK)
+
+    def _on_answer(self, peer: _Peer, link: _Link) -> None:
+        """One message per turn, so that commands wait for one slice at most."""
+        try:
+            head, *frames = link.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return
+        try:
+            answer = decode_answer(head.buffer)
+            if isinstance(answer, Pong):
+                self._on_pong(peer, link, answer)
+            else:
+                self._on_slice(link, answer, [np.frombuffer(frame.buffer, np.uint8) for frame in frames])
+        except RemoteProtocolError as error:
+            self.counters["malformed_answers"] += 1
+            self._lose(peer, Status.ERROR, f"peer {peer.id} broke the protocol: {error}")
+            return
+        if peer.link is link:
+            self._pump(peer)
+
+    def _on_pong(self, peer: _Peer, link: _Link, pong: Pong) -> None:
+        if pong.nonce != link.nonce:
+            raise RemoteProtocolError("a pong for another ping")
+        if pong.instance != peer.where.instance:
+            self._lose(peer, Status.PEER_LOST, f"another agent listens at {peer.where.endpoint} now")
+        elif peer.connect_tag is not None:
+            self._tags.finish(peer.connect_tag, Status.DONE)
+            peer.connect_tag = None
+
+    def _on_slice(self, link: _Link, answer: Answer, frames: list[np.ndarray[tuple[int], np.dtype[np.uint8]]]) -> None:
+        if answer.serial >= link.next_serial:
+            raise RemoteProtocolError(f"an answer to slice {answer.serial}, which nobody asked for")
+        if answer.serial not in link.pending:
+            self.counters["malformed_answers"] += 1  # a duplicate: that slice was taken
+            return
+        read, piece = link.pending.pop(answer.serial)
+        link.in_flight -= piece.num_bytes
+        if not read.open:
+            return
+        size = sum(map(len, frames))
+        if answer.code is not Code.OK:
+            self._end(read, _STATUS[answer.code], f"peer {read.peer} refused the read: {answer.detail}")
+        elif size != piece.num_bytes:
+            self.counters["malformed_answers"] += 1
+            self._end(read, Status.ERROR, f"peer {read.peer} sent {size} bytes for a slice of {piece.num_bytes}")
+        else:
+            self.memory.store(piece.dst_blocks, piece.dst_parts, frames)
+            self.counters["bytes_read"] += size
+            read.left -= size
+            if not read.left:
+                self._end(read, Status.DONE, "")
+
+    def _on_monitor(self, peer: _Peer, link: _Link) -> None:
+        try:
+            event = recv_monitor_message(link.monitor, zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        if event["event"] & _LOST:
+            state = "lost" if peer.connect_tag is None else "cannot be reached"
+            self._lose(peer, Status.PEER_LOST, f"peer {peer.id} at {peer.where.endpoint} {state}: connection closed")
+
+    def _lose(self, peer: _Peer, status: Status, detail: str) -> None:
+        self.counters["peers_lost"] += 1
+        self._peers.pop(peer.id, None)
+        self._end_all(peer, status, detail)
+
+    def _end_all(self, peer: _Peer, status: Status, detail: str) -> None:
+        if peer.connect_tag is not None:
+            self._tags.finish(peer.connect_tag, status, detail)
+            peer.connect_tag = None
+        peer.queues.clear()
+        self._close_link(peer)
+        for read in [read for read in self._reads.values() if read.peer == peer.id]:
+            self._end(read, status, detail)
+
+    def _end(self, read: _Read, status: Status, detail: str) -> None:
+        read.open = False
+        del self._reads[read.tag]
+        peer = self._peers.get(read.peer)
+        if peer is not None:
+            self._unqueue(peer, read)
+        self._tags.finish(read.tag, status, detail)
+
+    @staticmethod
+    def _unqueue(peer: _Peer, read: _Read) -> None:
+        queue = peer.queues.get(read.priority)
+        if queue is not None and read in queue:
+            queue.remove(read)
+            if not queue:
+                del peer.queues[read.priority]
+
+    def _open(self, peer: _Peer) -> _Link:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_FRAME)
+        set_heartbeat(socket)
+        link = _Link(socket, socket.get_monitor_socket(_LOST), secrets.token_bytes(16))
+        peer.link = link
+        self._handlers[socket] = lambda: self._on_answer(peer, link)
+        self._handlers[link.monitor] = lambda: self._on_monitor(peer, link)
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(link.monitor, zmq.POLLIN)
+        socket.connect(peer.where.endpoint)
+        return link
+
+    def _close_link(self, peer: _Peer) -> None:
+        link, peer.link = peer.link, None
+        if link is None:
+            return
+        for socket in (link.socket, link.monitor):
+            self._poller.unregister(socket)
+            del self._handlers[socket]
+        link.socket.disable_monitor()
+        link.monitor.close(linger=0)
+        link.socket.close(linger=0)
