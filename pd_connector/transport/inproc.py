@@ -41,8 +41,9 @@ class _Read:
     peer: PeerId
     lease: LeaseId
     capability: bytes
+    memory: HostMemory  # what the plan was checked against, whatever is registered by now
     slices: Iterator[Slice]
-    left: int
+    left: int  # bytes not yet written
 
 
 class InprocTransport(Transport):
@@ -122,7 +123,7 @@ class InprocTransport(Transport):
             elif not plan.num_bytes:
                 self._tags.finish(tag, Status.DONE)
             else:
-                read = _Read(tag, peer, lease, capability, cut(plan), plan.num_bytes)
+                read = _Read(tag, peer, lease, capability, self._memory, cut(plan), plan.num_bytes)
                 self._queues.setdefault(priority, deque()).append(read)
                 self._tags.doorbell.ring()
 
@@ -183,7 +184,7 @@ class InprocTransport(Transport):
         if refusal is not None:
             return Status.NOT_GRANTED, refusal
         source = memory.load(piece.src_blocks, piece.src_parts)
-        self._memory.store(piece.dst_blocks, piece.dst_parts, source)
+        read.memory.store(piece.dst_blocks, piece.dst_parts, source)
         return Status.DONE, ""
 
     def _end(self, which: Any, status: Status, detail: str) -> None:

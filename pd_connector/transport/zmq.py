@@ -96,10 +96,6 @@ class ZmqTransport(Transport):
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
-        try:
-            ZmqOptions.parse(options)
-        except ConfigError as error:
-            return str(error)
         return None
 
     def describe(self) -> bytes:
@@ -144,10 +140,11 @@ class ZmqTransport(Transport):
         self, peer: PeerId, lease: LeaseId, capability: bytes, plan: CopyPlan, tag: int, priority: int = 0
     ) -> None:
         self._check()
-        self._memory.check_plan(plan)
+        memory = self._memory
+        memory.check_plan(plan)
         self._tags.open(tag)
         if plan.num_bytes:
-            self._submit(lambda: self._reader.post(peer, lease, capability, plan, tag, priority))
+            self._submit(lambda: self._reader.post(peer, lease, capability, memory, plan, tag, priority))
         else:
             self._tags.finish(tag, Status.DONE)
 
@@ -189,7 +186,7 @@ class ZmqTransport(Transport):
 
     def _set_memory(self, memory: HostMemory) -> None:
         self._check()
-        self._memory = self._owner.memory = self._reader.memory = memory
+        self._memory = self._owner.memory = memory
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

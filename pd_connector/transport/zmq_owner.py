@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import zmq
 
@@ -92,7 +93,7 @@ class Owner:
             self._refuse(peer, request, Code.NOT_GRANTED, refusal)
             return
         frames = memory.load(request.blocks, request.parts)
-        if self._send([peer, encode(Answer(request.serial, Code.OK)), *frames]):
+        if self._send([peer, encode(Answer(request.serial, Code.OK)), *(frame.data for frame in frames)]):
             self.counters["slices_served"] += 1
             self.counters["bytes_served"] += sum(map(len, frames))
 
@@ -100,7 +101,7 @@ class Owner:
         self.counters["refused"] += 1
         self._send([peer, encode(Answer(request.serial, code, detail[:MAX_DETAIL]))])
 
-    def _send(self, frames: list[object]) -> bool:
+    def _send(self, frames: Sequence[memoryview | bytes]) -> bool:
         try:
             self.socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:

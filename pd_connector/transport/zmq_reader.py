@@ -56,6 +56,7 @@ class _Read:
     lease: LeaseId
     capability: bytes
     priority: int
+    memory: HostMemory  # what the plan was checked against, whatever is registered by now
     slices: Iterator[Slice]
     left: int  # bytes not yet written
     open: bool = True
@@ -84,7 +85,6 @@ class _Peer:
 
 class Reader:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller, tags: TagBook) -> None:
-        self.memory = HostMemory(())
         self.counters = {"bytes_read": 0, "malformed_answers": 0, "peers_lost": 0}
         self._context, self._poller, self._tags = context, poller, tags
         self._peers: dict[PeerId, _Peer] = {}
@@ -101,7 +101,8 @@ class Reader:
         self.disconnect(peer_id)
         peer = self._peers[peer_id] = _Peer(peer_id, where, connect_tag=tag)
         link = self._open(peer)
-        link.socket.send(encode(Ping(link.nonce)), zmq.NOBLOCK)
+        if link is not None:
+            link.socket.send(encode(Ping(link.nonce)), zmq.NOBLOCK)
 
     def disconnect(self, peer_id: PeerId) -> None:
         peer = self._peers.pop(peer_id, None)
@@ -114,12 +115,21 @@ class Reader:
             self._end_all(peer, Status.CANCELLED, "fenced")
         self._tags.finish(tag, Status.DONE)
 
-    def post(self, peer_id: PeerId, lease: LeaseId, capability: bytes, plan: CopyPlan, tag: int, priority: int) -> None:
+    def post(
+        self,
+        peer_id: PeerId,
+        lease: LeaseId,
+        capability: bytes,
+        memory: HostMemory,
+        plan: CopyPlan,
+        tag: int,
+        priority: int,
+    ) -> None:
         peer = self._peers.get(peer_id)
         if peer is None:
             self._tags.finish(tag, Status.PEER_LOST, f"peer {peer_id} is not connected (or was lost): connect first")
             return
-        read = self._reads[tag] = _Read(tag, peer_id, lease, capability, priority, cut(plan), plan.num_bytes)
+        read = self._reads[tag] = _Read(tag, peer_id, lease, capability, priority, memory, cut(plan), plan.num_bytes)
         peer.queues.setdefault(priority, deque()).append(read)
         self._pump(peer)
 
@@ -137,6 +147,8 @@ class Reader:
     def _pump(self, peer: _Peer) -> None:
         """Ask for slices while the window is open: low priority numbers first, equal ones in turn."""
         link = peer.link or self._open(peer)
+        if link is None:
+            return
         while peer.queues and link.in_flight < WINDOW_BYTES and len(link.pending) < WINDOW_SLICES:
             queue = peer.queues[min(peer.queues)]
             read = queue[0]
@@ -149,7 +161,12 @@ class Reader:
             link.pending[serial] = (read, piece)
             link.in_flight += piece.num_bytes
             request = Request(serial, read.lease, read.capability, piece.src_blocks, piece.src_parts)
-            link.socket.send_multipart(encode_request(request), zmq.NOBLOCK)
+            try:
+                link.socket.send_multipart(encode_request(request), zmq.NOBLOCK)
+            except zmq.Again:
+                # The window is far below the queue's bound: the connection is gone, its event is on the way.
+                self._lose(peer, Status.PEER_LOST, f"peer {peer.id} at {peer.where.endpoint} lost: connection closed")
+                return
 
     def _on_answer(self, peer: _Peer, link: _Link) -> None:
         """One message per turn, so that commands wait for one slice at most."""
@@ -196,7 +213,7 @@ class Reader:
             self.counters["malformed_answers"] += 1
             self._end(read, Status.ERROR, f"peer {read.peer} sent {size} bytes for a slice of {piece.num_bytes}")
         else:
-            self.memory.store(piece.dst_blocks, piece.dst_parts, frames)
+            read.memory.store(piece.dst_blocks, piece.dst_parts, frames)
             self.counters["bytes_read"] += size
             read.left -= size
             if not read.left:
@@ -241,21 +258,34 @@ class Reader:
             if not queue:
                 del peer.queues[read.priority]
 
-    def _open(self, peer: _Peer) -> _Link:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_FRAME)
-        set_heartbeat(socket)
-        link = _Link(socket, socket.get_monitor_socket(_LOST), secrets.token_bytes(16))
+    def _open(self, peer: _Peer) -> _Link | None:
+        try:
+            link = self._dial(peer.where.endpoint)
+        except zmq.ZMQError as error:
+            self._lose(peer, Status.PEER_LOST, f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}")
+            return None
         peer.link = link
-        self._handlers[socket] = lambda: self._on_answer(peer, link)
+        self._handlers[link.socket] = lambda: self._on_answer(peer, link)
         self._handlers[link.monitor] = lambda: self._on_monitor(peer, link)
-        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(link.socket, zmq.POLLIN)
         self._poller.register(link.monitor, zmq.POLLIN)
-        socket.connect(peer.where.endpoint)
         return link
+
+    def _dial(self, endpoint: str) -> _Link:
+        socket = self._context.socket(zmq.DEALER)
+        try:
+            socket.setsockopt(zmq.IPV6, 1)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.RECONNECT_IVL, -1)
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_FRAME)
+            set_heartbeat(socket)
+            monitor = socket.get_monitor_socket(_LOST)
+            socket.connect(endpoint)
+        except zmq.ZMQError:
+            socket.disable_monitor()
+            socket.close(linger=0)
+            raise
+        return _Link(socket, monitor, secrets.token_bytes(16))
 
     def _close_link(self, peer: _Peer) -> None:
         link, peer.link = peer.link, None

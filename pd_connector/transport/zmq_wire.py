@@ -29,7 +29,7 @@ MAX_REQUEST_FRAME = SLICE_CHUNKS * 24 + 1024
 MAX_ANSWER_FRAME = SLICE_BYTES + 1024
 MAX_DETAIL = 256
 
-U64 = Annotated[int, Meta(ge=0, le=2**64 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
@@ -52,9 +52,9 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Read(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    serial: U64
-    lease: U64
-    epoch: U64
+    serial: Count
+    lease: Count
+    epoch: Count
     capability: Annotated[bytes, Meta(max_length=MAX_CAPABILITY_BYTES)]
 
 
@@ -64,7 +64,7 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    serial: U64
+    serial: Count
     code: Code
     detail: Annotated[str, Meta(max_length=MAX_DETAIL)] = ""
 
@@ -79,8 +79,8 @@ class Request:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_owner = msgspec.msgpack.Decoder(Ping | Read)
-_to_reader = msgspec.msgpack.Decoder(Pong | Answer)
+_to_owner: msgspec.msgpack.Decoder[Ping | Read] = msgspec.msgpack.Decoder(Ping | Read)
+_to_reader: msgspec.msgpack.Decoder[Pong | Answer] = msgspec.msgpack.Decoder(Pong | Answer)
 
 
 def encode(message: Ping | Read | Pong | Answer) -> bytes:

@@ -1,0 +1,141 @@
+"""Which transports exist here, and which one serves a pair of agents, with the reason against every other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from pd_connector.errors import ConfigError, PDError, TransportUnavailable
+from pd_connector.transport.base import Transport
+
+ENTRY_POINTS = "pd_connector.transports"
+ORDER = ("inproc", "shm", "verbs", "hixl", "tcp", "zmq")
+"""Best first; ``auto`` starts those of them that exist. A transport outside this list is used when it is named."""
+
+_BUILT_IN = {
+    "inproc": "pd_connector.transport.inproc:InprocTransport",
+    "zmq": "pd_connector.transport.zmq:ZmqTransport",
+}
+
+
+@cache
+def known() -> dict[str, str]:
+    """Name → "module:class" of every transport: the built-in ones and the installed entry points (which win)."""
+    return _BUILT_IN | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
+def load(name: str) -> type[Transport]:
+    """The class of a transport. Raises ConfigError for an unknown name, TransportUnavailable when it cannot load."""
+    value = known().get(name)
+    if value is None:
+        near = difflib.get_close_matches(name, known(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known()))}"
+        raise ConfigError(f"there is no transport {name!r}: {hint}")
+    module, _, attribute = value.partition(":")
+    try:
+        loaded = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TransportUnavailable(name, f"{value} cannot be loaded: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
+        raise TransportUnavailable(name, f"{value} is not a Transport")
+    return loaded
+
+
+def available(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    """Every known transport, best first, with None or why it cannot be used here. ``options``: per name."""
+    result: dict[str, str | None] = {}
+    for name in sorted(known(), key=_rank):
+        try:
+            result[name] = load(name).probe(options.get(name, {}))
+        except TransportUnavailable as error:
+            result[name] = error.reason
+    return result
+
+
+def start(
+    wanted: str | Sequence[str], agent: str, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Transport], dict[str, str]]:
+    """Start ``"auto"`` or the named transports: (started by wire name, in order of preference; reasons of the rest).
+
+    Raises ConfigError for an unknown name or two transports that share a wire name, TransportUnavailable when a named
+    one, or every automatic one, cannot start. Nothing stays started then.
+    """
+    automatic = wanted == "auto"
+    names = [name for name in ORDER if name in known()] if automatic else _named(wanted)
+    started: dict[str, Transport] = {}
+    reasons: dict[str, str] = {}
+    try:
+        for name in names:
+            try:
+                transport = _start_one(name, agent, options.get(name, {}))
+            except TransportUnavailable as error:
+                if not automatic:
+                    raise
+                reasons[name] = error.reason
+                continue
+            if transport.wire_name in started:
+                transport.close()
+                raise ConfigError(f"two transports serve {transport.wire_name!r}: remove one of {', '.join(names)}")
+            started[transport.wire_name] = transport
+        if not started:
+            raise TransportUnavailable("auto", _sentence(reasons) or "no transport is installed")
+    except PDError:
+        for transport in started.values():
+            transport.close()
+        raise
+    return started, reasons
+
+
+def choose(
+    local: Mapping[str, Transport], remote: Mapping[str, bytes], preference: Sequence[str] | None = None
+) -> tuple[str, dict[str, str]]:
+    """The transport for one peer: (wire name, reason against every other one).
+
+    ``remote`` maps the wire names a peer offers to its descriptions; ``preference`` names keys of ``local``, best
+    first (default: the order of ``local``). Raises TransportUnavailable with every reason when none fits.
+    """
+    chosen: str | None = None
+    reasons: dict[str, str] = {}
+    order = list(local) if preference is None else [*preference, *(name for name in local if name not in preference)]
+    for name in order:
+        if name not in local:
+            reasons[name] = "not started here"
+        elif name not in remote:
+            reasons[name] = "the peer does not offer it"
+        elif (reason := local[name].can_reach(remote[name])) is not None:
+            reasons[name] = reason
+        elif chosen is None:
+            chosen = name
+        else:
+            reasons[name] = f"{chosen} comes first"
+    reasons |= {name: "not started here" for name in remote if name not in order}
+    if chosen is None:
+        raise TransportUnavailable("auto", _sentence(reasons) or "neither side offers any")
+    return chosen, reasons
+
+
+def _named(wanted: str | Sequence[str]) -> list[str]:
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"transports {names}: give 'auto' or a list of different names")
+    return names
+
+
+def _start_one(name: str, agent: str, options: Mapping[str, Any]) -> Transport:
+    kind = load(name)
+    reason = kind.probe(options)
+    if reason is not None:
+        raise TransportUnavailable(name, reason)
+    return kind(agent, options)
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
+
+
+def _sentence(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
