@@ -31,7 +31,7 @@ lint: venv ## ruff, mypy --strict, import-linter, the tidy test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy --strict
-	$(BIN)/python -c 'from importlinter.cli import lint_imports_command as main; main()'
+	$(BIN)/python -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo
 	$(BIN)/python -m pytest tests/unit/test_tidy.py
 
 sim: venv ## seeded protocol simulation (SEEDS=n of them, SEED=k one, PLANT=name with a fault, PLANT=list names)
