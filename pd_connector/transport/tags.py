@@ -43,6 +43,12 @@ class TagBook:
             self.doorbell.ring()
             return True
 
+    def withdraw(self, tag: int) -> None:
+        """Undo ``open``: the operation was refused, so there is nothing to complete."""
+        with self._lock:
+            self._open.discard(tag)
+            self._unfinished.discard(tag)
+
     def finish_all(self, status: Status, detail: str) -> None:
         with self._lock:
             tags = sorted(self._unfinished)
