@@ -8,13 +8,10 @@ number of blocks).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
-
-from pd_connector.memory import GridRef
 
 Name = Annotated[str, Meta(max_length=256)]
 Size = Annotated[int, Meta(ge=0, le=2**53)]
@@ -96,23 +93,3 @@ def _diff_group(a: GroupLayout, b: GroupLayout) -> list[str]:
     elif a.part_bytes != b.part_bytes:
         out.append(f"bytes per block: ours {sum(a.part_bytes)}, theirs {sum(b.part_bytes)}")
     return out
-
-
-def describe_grids(grids: Sequence[GridRef], packing: str, *, block_tokens: int = 1, dtype: str = "uint8") -> KVLayout:
-    """The layout of plain byte grids, for engines whose blocks carry no finer structure."""
-    by_group: dict[int, list[GridRef]] = {}
-    for ref in grids:
-        by_group.setdefault(ref.grid.group, []).append(ref)
-    groups = tuple(
-        GroupLayout(
-            kind="full",
-            block_tokens=block_tokens,
-            heads=0,
-            head_dim=0,
-            dtype=dtype,
-            layers=tuple(dict.fromkeys(f"layer.{ref.grid.layer}" for ref in refs)),
-            part_bytes=tuple(ref.grid.block_bytes for ref in refs),
-        )
-        for _, refs in sorted(by_group.items())
-    )
-    return KVLayout(packing=packing, groups=groups)

@@ -1,0 +1,110 @@
+"""Typed configuration: one frozen struct, and the only reader of the process environment.
+
+Keys arrive from ``kv_connector_extra_config`` (vLLM), from a dict (custom engines) or from command lines; a key or
+value that cannot be used is a ConfigError that names the key, what is allowed and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from pd_connector.errors import ConfigError
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one agent.
+
+    host: address to bind; anything but loopback needs keys or ``insecure: true``.
+    port: port to bind, 0 for an ephemeral one. In vLLM: the instance's one advertised port, offset by the DP rank.
+    advertise: host name or address told to peers; empty for VLLM_HOST_IP, then the bound address.
+    insecure: allow a non-loopback address without keys.
+    public_key, secret_key: CURVE key pair of this agent (``pdc keygen``); encrypts and authenticates the side channel.
+    allowed_keys: public keys of the peers that may talk to this agent, and that it may talk to.
+    lease_seconds: how long a lease lasts without a sign of life from its reader.
+    lease_cap_seconds: how long renewals can prolong it in all.
+    transfer_timeout_seconds: a pull that takes longer has failed.
+    drain_seconds: how long a stopping instance waits for readers of its leases.
+    transport: "auto", or the names of the only transports to use.
+    transport_options: options per transport name, checked by the transport.
+    audit: digest every block read on both sides and compare (costs CPU on both).
+    model: model identity to compare with peers; empty for the engine's own idea of it.
+    io_cpus: CPUs for our I/O threads; empty for all of the machine.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 0
+    advertise: str = ""
+    insecure: bool = False
+    public_key: str = ""
+    secret_key: str = ""
+    allowed_keys: tuple[str, ...] = ()
+    lease_seconds: Seconds = 30.0
+    lease_cap_seconds: Seconds = 300.0
+    transfer_timeout_seconds: Seconds = 60.0
+    drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    transport: str | tuple[str, ...] = "auto"
+    transport_options: dict[str, dict[str, Any]] = {}
+    audit: bool = False
+    model: str = ""
+    io_cpus: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+
+    def __repr__(self) -> str:  # keys stay out of logs
+        shown = {f: getattr(self, f) for f in self.__struct_fields__ if f != "secret_key"}
+        return f"Config({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
+
+
+def parse(settings: Mapping[str, Any], where: str = "configuration") -> Config:
+    """A Config from plain data. Raises ConfigError; ``where`` says whose settings they are."""
+    for key in settings:
+        if key not in Config.__struct_fields__:
+            near = difflib.get_close_matches(str(key), Config.__struct_fields__, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(Config.__struct_fields__)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+    try:
+        config = msgspec.convert(dict(settings), Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    _check(config, where)
+    return config
+
+
+def _check(config: Config, where: str) -> None:
+    if bool(config.public_key) != bool(config.secret_key):
+        raise ConfigError(f"{where}: public_key and secret_key go together; make a pair with 'pdc keygen'")
+    for key in (config.public_key, config.secret_key, *config.allowed_keys):
+        if key and len(key) != 40:
+            raise ConfigError(
+                f"{where}: a CURVE key has 40 Z85 characters, one of yours has {len(key)}; see 'pdc keygen'"
+            )
+    if config.secret_key and not config.allowed_keys:
+        raise ConfigError(f"{where}: with a secret_key, allowed_keys must list the public keys of the peers")
+    if not config.secret_key and not config.insecure and not is_loopback(config.host):
+        raise ConfigError(
+            f"{where}: host {config.host!r} is reachable by others and no keys are set; "
+            "set public_key, secret_key and allowed_keys ('pdc keygen'), or write insecure: true"
+        )
+    if config.lease_cap_seconds < config.lease_seconds:
+        raise ConfigError(f"{where}: lease_cap_seconds {config.lease_cap_seconds:g} is below lease_seconds")
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def engine_host_ip() -> str:
+    """The address that vLLM was told to use for this host, or an empty string."""
+    return os.environ.get("VLLM_HOST_IP", "")
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with additions, for processes that we start."""
+    return {**os.environ, **extra}

@@ -1,0 +1,417 @@
+"""Agent: the public asyncio API. It feeds the protocol core with events and carries its commands out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from pd_connector.config import Config
+from pd_connector.errors import LocalProtocolError, PDError, TransferFailed
+from pd_connector.layout import KVLayout
+from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
+from pd_connector.plan import CopyPlan, plan_blocks, split_layers
+from pd_connector.protocol import events as ev
+from pd_connector.protocol.context import Identity, Limits
+from pd_connector.protocol.core import Core
+from pd_connector.protocol.messages import CAPABILITY_BYTES, DIGEST_BYTES, MAX_FRAME, Endpoint
+from pd_connector.protocol.ticket import Ticket
+from pd_connector.runtime.courier import Courier
+from pd_connector.runtime.digest import digest_blocks
+from pd_connector.runtime.side_channel import SideChannel
+from pd_connector.tensors import describe_grids, to_regions
+
+logger = logging.getLogger(__name__)
+
+NoteListener = Callable[[ev.Note], None]
+
+
+class Agent:
+    """One participant: owns registered memory, leases blocks of it, pulls blocks of others into it.
+
+    Use it as ``async with Agent(config) as agent``. All methods belong to the loop that entered it; engines without a
+    loop use runtime.portal. ``on_note`` sees every note of the core, on the loop.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        name: str = "",
+        limits: Limits | None = None,
+        on_note: NoteListener | None = None,
+    ) -> None:
+        self.config = config or Config()
+        incarnation = secrets.randbits(63) | 1
+        self.core = Core(Identity(name or f"agent-{incarnation:016x}", incarnation, self.config.model), limits)
+        self._on_note = on_note
+        self._side_channel = SideChannel(self.config, self._on_frame, self._on_lost)
+        self._courier: Courier | None = None
+        self._grids: tuple[GridRef, ...] = ()
+        self._views: list[memoryview] = []
+        self._events: deque[ev.Event] = deque()
+        self._handling = False
+        self._tick: asyncio.TimerHandle | None = None
+        self._pulls: dict[int, asyncio.Future[ev.TransferStats]] = {}
+        self._parts: dict[int, asyncio.Queue[int | None]] = {}
+        self._lease_ends: dict[int, asyncio.Future[str]] = {}
+        self._drained: asyncio.Event = asyncio.Event()
+        self._digests = ThreadPoolExecutor(1, thread_name_prefix="pdc-digest")
+        self._last_lease = 0
+        self._closed = False
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Agent:
+        self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def start(self) -> None:
+        """Listen. Raises ConfigError when the address cannot be bound."""
+        self._loop = asyncio.get_running_loop()
+        self._side_channel.start()
+
+    async def drain(self, seconds: float | None = None) -> bool:
+        """Take nothing new and wait until nothing is leased or being read; False when ``seconds`` (default
+        ``drain_seconds``) were not enough."""
+        self._feed(ev.Drain())
+        try:
+            await asyncio.wait_for(self._drained.wait(), self.config.drain_seconds if seconds is None else seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End every lease and pull, tell the peers, free everything. Idempotent."""
+        if self._closed:
+            return
+        self._feed(ev.Close())
+        if self._courier is not None:
+            # Afterwards no read writes any more, so whatever is unsettled is settled now.
+            await self._loop.run_in_executor(None, self._courier.close)
+            for tag in self.core.reader.outstanding_tags():
+                self._feed(ev.Completed(tag, "cancelled"))
+        self._closed = True
+        if self._tick is not None:
+            self._tick.cancel()
+        await self._loop.run_in_executor(None, self._digests.shutdown)
+        self._side_channel.close()
+        self._views.clear()
+
+    # --- identity and memory ------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.core.identity.agent
+
+    @property
+    def incarnation(self) -> int:
+        return self.core.identity.incarnation
+
+    @property
+    def address(self) -> str:
+        """What peers dial; part of every ticket."""
+        return self._side_channel.address
+
+    def endpoint(self, rank: int = 0) -> Endpoint:
+        return Endpoint(rank, self.address, self.incarnation)
+
+    def speak_for(self, ranks: Sequence[Endpoint]) -> None:
+        """Answer HELLO with a directory: pulls that were addressed to us go on to the rank they need."""
+        self.core.identity = replace(self.core.identity, directory=tuple(ranks))
+
+    def identify(self, model: str) -> None:
+        """Name the model whose KV is exchanged; peers with another one are refused."""
+        self.core.identity = replace(self.core.identity, model=model)
+
+    def register(self, layers: Any, layout: KVLayout | None = None) -> None:
+        """Register the KV cache: tensors or arrays per layer (see tensors.to_regions), or a list of Regions. Once.
+
+        Without ``layout`` the blocks are plain bytes. Raises LocalProtocolError for unusable memory and
+        TransportUnavailable when no transport can serve it. May block; meant for start-up.
+        """
+        if self._courier is not None:
+            raise LocalProtocolError("memory is registered already; close this agent and make a new one")
+        given = list(layers) if isinstance(layers, list | tuple) else layers
+        regions = given if isinstance(given, list) and isinstance(given[0], Region) else to_regions(given)
+        self._grids = order_grids(regions)
+        self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
+        self._courier = Courier(self.config, self.name, regions, self._loop, self._feed)
+        self.core.identity = replace(
+            self.core.identity,
+            layout=layout or describe_grids(self._grids, "bytes"),
+            transports=self._courier.describe(),
+        )
+
+    # --- owner --------------------------------------------------------------------------------------------------------
+
+    def lease(
+        self,
+        blocks: Sequence[int] | Sequence[Sequence[int]],
+        *,
+        readers: int = 1,
+        tokens: int = 0,
+        key: bytes = b"",
+        seconds: float | None = None,
+    ) -> Ticket:
+        """Hold blocks (ids, or one list of ids per KV cache group) for readers and return the ticket they need.
+
+        The blocks must not change until the lease has ended (``lease_ended``). Raises LocalProtocolError.
+        """
+        groups = [blocks] if not len(blocks) or isinstance(blocks[0], int) else blocks
+        self._last_lease += 1
+        ticket = Ticket(
+            address=self.address,
+            incarnation=self.incarnation,
+            lease=self._last_lease,
+            epoch=1,
+            capability=secrets.token_bytes(CAPABILITY_BYTES),
+            blocks=tuple(tuple(group) for group in groups),  # type: ignore[arg-type]
+            tokens=tokens,
+            key=key,
+        )
+        self.grant(ticket, readers=readers, seconds=seconds)
+        return ticket
+
+    def grant(self, ticket: Ticket, *, readers: int = 1, seconds: float | None = None) -> None:
+        """Hold the blocks of a ticket whose number, epoch and capability the engine chose itself.
+
+        Lease numbers must ascend. Raises LocalProtocolError."""
+        for group, ids in enumerate(ticket.blocks):
+            limit = min((ref.grid.num_blocks for ref in self._grids if ref.grid.group == group), default=0)
+            if self._courier is not None and ids and max(ids) >= limit:
+                raise LocalProtocolError(f"block {max(ids)} cannot be leased: group {group} has {limit} blocks")
+        self._handle(
+            ev.Grant(
+                ticket.lease,
+                ticket.epoch,
+                ticket.capability,
+                dict(enumerate(ticket.blocks)),
+                readers,
+                seconds or self.config.lease_seconds,
+                max(seconds or 0, self.config.lease_cap_seconds),
+            )
+        )
+        self._lease_ends[ticket.lease] = self._loop.create_future()
+
+    def end(self, lease: int, reason: str) -> None:
+        """Take leased blocks back: on return no verdict "held" can be given for them any more."""
+        self._feed(ev.End(lease, reason))
+
+    def extend(self, lease: int) -> None:
+        self._feed(ev.Extend(lease))
+
+    async def lease_ended(self, ticket: Ticket) -> str:
+        """Wait until the blocks are ours again; says why they are."""
+        future = self._lease_ends.get(ticket.lease)
+        return "it ended before" if future is None else await asyncio.shield(future)
+
+    # --- reader -------------------------------------------------------------------------------------------------------
+
+    def start_pull(
+        self,
+        ticket: Ticket,
+        blocks: Sequence[int] | Sequence[Sequence[int]],
+        *,
+        skip_blocks: int = 0,
+        rank: int = 0,
+        priority: int = 0,
+        timeout: float | None = None,
+        by_layer: bool = False,
+    ) -> int:
+        """Start a pull and return its number; a TransferEnded note follows, exactly one.
+
+        ``blocks`` are destination ids (per group), for the ticket's blocks from ``skip_blocks`` on. Raises
+        LocalProtocolError for ids that do not fit."""
+        if self._courier is None:
+            raise LocalProtocolError("register memory before pulling into it")
+        groups = [blocks] if not len(blocks) or isinstance(blocks[0], int) else blocks
+        parts = self._plan(ticket, groups, skip_blocks, by_layer)  # type: ignore[arg-type]
+        if self.config.audit:
+            most = max(plan.num_blocks * len(plan.patterns) for plan in parts)
+            if most * DIGEST_BYTES > MAX_FRAME // 2:
+                raise LocalProtocolError(f"audit of {most} digests does not fit one frame; pull fewer blocks at a time")
+        number = self.core.new_id()
+        timeout = timeout or self.config.transfer_timeout_seconds
+        self._handle(ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit))
+        return number
+
+    def _plan(
+        self, ticket: Ticket, groups: Sequence[Sequence[int]], skip_blocks: int, by_layer: bool
+    ) -> list[CopyPlan]:
+        if len(groups) != len(ticket.blocks):
+            raise LocalProtocolError(f"{ticket!r} has {len(ticket.blocks)} KV cache groups, {len(groups)} were given")
+        plans = []
+        for group, (source, destination) in enumerate(zip(ticket.blocks, groups, strict=True)):
+            plan = plan_blocks(self._grids, group, source[skip_blocks:], destination)
+            plans.extend(split_layers(plan, self._grids) if by_layer else [plan])
+        return plans
+
+    def abort(self, number: int, reason: str = "aborted by the caller") -> None:
+        """End a pull; its TransferEnded note follows once its destination is quiet. Late calls are harmless."""
+        self._feed(ev.Abort(number, reason))
+
+    async def pull(
+        self, ticket: Ticket, blocks: Sequence[int] | Sequence[Sequence[int]], **options: Any
+    ) -> ev.TransferStats:
+        """Read a ticket's blocks into ours (options as in ``start_pull``); on return they may be used.
+
+        Raises TransferFailed (with ``failed_blocks`` and the cause), LocalProtocolError. When cancelled it returns only
+        after the destination is quiet."""
+        number = self.start_pull(ticket, blocks, **options)
+        future = self._pulls[number] = self._loop.create_future()
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            self.abort(number, "the pull was cancelled")
+            await asyncio.wait([future])
+            raise
+
+    async def pull_layers(
+        self, ticket: Ticket, blocks: Sequence[int] | Sequence[Sequence[int]], **options: Any
+    ) -> AsyncIterator[int]:
+        """Like ``pull``, yielding the number of each layer as soon as its bytes may be used."""
+        number = self.start_pull(ticket, blocks, by_layer=True, **options)
+        future = self._pulls[number] = self._loop.create_future()
+        queue = self._parts[number] = asyncio.Queue()
+        try:
+            while (layer := await queue.get()) is not None:
+                yield layer
+        finally:
+            del self._parts[number]
+            if not future.done():
+                self.abort(number, "the caller stopped taking layers")
+            await asyncio.wait([future])
+        future.result()
+
+    def release(self, ticket: Ticket, *, whole: bool = False) -> None:
+        """Tell the owner that this reader (``whole``: nobody) will read under the ticket."""
+        self._feed(ev.Forgo(ticket, "" if whole else self.name))
+
+    def keep(self, ticket: Ticket) -> None:
+        """Renew a ticket's lease until ``drop``, a pull's end is up to the caller. TicketLost tells when it is over."""
+        self._feed(ev.Keep(ticket, self.config.lease_cap_seconds))
+
+    def drop(self, ticket: Ticket) -> None:
+        self._feed(ev.Drop(ticket))
+
+    # --- what is going on ---------------------------------------------------------------------------------------------
+
+    def counters(self) -> Counter[str]:
+        """Monotonic counts of everything that happened to this agent."""
+        total = self.core.counters + self._side_channel.counters
+        return total + self._courier.counters() if self._courier is not None else total
+
+    def gauges(self) -> dict[str, int]:
+        return self.core.gauges()
+
+    def transport_reasons(self) -> dict[str, dict[str, str]]:
+        """Per connected peer: why each other transport was not chosen."""
+        return {} if self._courier is None else self._courier.reasons
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def _on_frame(self, route: str, frame: bytes) -> None:
+        self._feed(ev.Received(route, frame))
+
+    def _on_lost(self, address: str, reason: str) -> None:
+        self._feed(ev.Disconnected(address, reason))
+
+    def _feed(self, event: ev.Event) -> None:
+        """Handle an event that cannot be refused, now or after the ones being handled."""
+        if self._closed:
+            return
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                self._execute(self.core.handle(self._events.popleft(), self._loop.time()))
+        finally:
+            self._handling = False
+            self._schedule()
+
+    def _handle(self, event: ev.Pull | ev.Grant) -> None:
+        """Handle a local call that may be refused: raises what the core raises."""
+        if self._closed:
+            raise LocalProtocolError("this agent is closed")
+        if self._handling:
+            raise LocalProtocolError("leases and pulls cannot be started inside on_note; schedule them on the loop")
+        self._handling = True
+        try:
+            self._execute(self.core.handle(event, self._loop.time()))
+        finally:
+            self._handling = False
+        self._feed(ev.Tick())
+
+    def _schedule(self) -> None:
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        deadline = self.core.next_deadline()
+        if deadline is not None and not self._closed:
+            self._tick = self._loop.call_at(deadline, self._feed, ev.Tick())
+
+    def _execute(self, commands: list[ev.Command]) -> None:
+        for command in commands:
+            match command:
+                case ev.Send(route, message):
+                    self._side_channel.send_message(route, message)
+                case ev.Hangup(route):
+                    self._side_channel.hangup(route)
+                case ev.DigestBlocks():
+                    self._loop.create_task(self._digest(command))
+                case ev.Notify(note):
+                    self._note(note)
+                case _:
+                    if self._courier is not None:
+                        self._courier.carry_out(command, self.core.new_id)
+
+    async def _digest(self, command: ev.DigestBlocks) -> None:
+        args = (self._views, self._grids, command.grids, command.runs, command.column)
+        try:
+            digests: bytes | None = await self._loop.run_in_executor(self._digests, digest_blocks, *args)
+        except (RuntimeError, ValueError, IndexError) as error:
+            logger.warning("digest of %d grids failed: %s", len(command.grids), error)
+            digests = None
+        self._feed(ev.Digested(command.job, digests))
+
+    def _note(self, note: ev.Note) -> None:
+        match note:
+            case ev.TransferEnded():
+                self._transfer_ended(note)
+            case ev.PartConfirmed(transfer, part) if transfer in self._parts:
+                self._parts[transfer].put_nowait(part)
+            case ev.LeaseEnded(number, _, reason):
+                future = self._lease_ends.pop(number, None)
+                if future is not None and not future.done():
+                    future.set_result(reason)
+            case ev.Drained():
+                self._drained.set()
+            case _:
+                pass
+        if self._on_note is not None:
+            self._on_note(note)
+
+    def _transfer_ended(self, note: ev.TransferEnded) -> None:
+        if note.transfer in self._parts:
+            self._parts[note.transfer].put_nowait(None)
+        future = self._pulls.pop(note.transfer, None)
+        if future is None or future.done():
+            return
+        if note.outcome == "done":
+            future.set_result(note.stats)
+            return
+        error = TransferFailed(str(note.error), note.failed_blocks)
+        error.__cause__ = note.error if isinstance(note.error, PDError) else None
+        future.set_exception(error)
+        future.exception()  # a pull nobody waits for any more is not worth a warning

@@ -1,0 +1,126 @@
+"""Courier: carries the core's data commands to the transports, and their completions back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pd_connector.config import Config
+from pd_connector.errors import PDError
+from pd_connector.memory import Region
+from pd_connector.protocol import events as ev
+from pd_connector.transport import registry
+from pd_connector.transport.base import LeaseId, Status, Transport
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 256  # completions taken per wake-up
+
+
+class Courier:
+    """Owns the transports of one agent. ``feed`` takes events for the core, on ``loop``."""
+
+    def __init__(
+        self,
+        config: Config,
+        agent: str,
+        regions: Sequence[Region],
+        loop: asyncio.AbstractEventLoop,
+        feed: Callable[[ev.Event], None],
+    ) -> None:
+        self._loop = loop
+        self._feed = feed
+        self._connecting: dict[int, tuple[str, str]] = {}
+        self._peers: dict[str, str] = {}
+        self.reasons: dict[str, dict[str, str]] = {}
+        self._transports, self.unavailable = registry.start(config.transport, agent, transport_options(config))
+        for transport in self._transports.values():
+            transport.register(regions)
+            loop.add_reader(transport.fileno(), self._poll, transport)
+
+    def describe(self) -> dict[str, bytes]:
+        return {name: transport.describe() for name, transport in self._transports.items()}
+
+    def counters(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for name, transport in self._transports.items():
+            counts: dict[str, int] = getattr(transport, "counters", dict)()
+            total.update({f"{name}_{key}": value for key, value in counts.items()})
+        return total
+
+    def close(self) -> None:
+        """May block for the transports' own bounded time; on return nothing writes into our regions any more."""
+        for transport in self._transports.values():
+            self._loop.call_soon_threadsafe(self._loop.remove_reader, transport.fileno())
+            transport.close()
+
+    def carry_out(self, command: ev.Command, new_id: Callable[[], int]) -> None:
+        match command:
+            case ev.Connect(peer, remote):
+                self._connect(peer, remote, new_id())
+            case ev.Disconnect(peer):
+                name = self._peers.pop(peer, None)
+                self.reasons.pop(peer, None)
+                self._connecting = {tag: entry for tag, entry in self._connecting.items() if entry[0] != peer}
+                if name is not None:
+                    self._transports[name].disconnect(peer)
+            case ev.PostRead():
+                lease = LeaseId(command.number, command.epoch)
+                args: tuple[Any, ...] = (command.peer, lease, command.capability, command.plan, command.tag)
+                self._post(command.transport, command.tag, "post_read", *args, command.priority)
+            case ev.Cancel(name, tag):
+                self._transports[name].cancel(tag)
+            case ev.Fence(peer, name, tag):
+                self._post(name, tag, "fence", peer, tag)
+            case ev.GrantBlocks(number, epoch, capability, blocks):
+                arrays = {group: np.asarray(ids, np.uint32) for group, ids in blocks.items()}
+                for transport in self._transports.values():
+                    transport.grant(LeaseId(number, epoch), capability, arrays)
+            case ev.RevokeBlocks(number, epoch):
+                for transport in self._transports.values():
+                    transport.revoke(LeaseId(number, epoch))
+            case _:
+                raise AssertionError(f"not a data command: {command}")
+
+    def _post(self, name: str, tag: int, method: str, *args: Any) -> None:
+        """A call that ends in a completion; a refusal is one too."""
+        try:
+            getattr(self._transports[name], method)(*args)
+        except PDError as error:
+            self._feed(ev.Completed(tag, Status.ERROR, str(error)))
+
+    def _connect(self, peer: str, remote: dict[str, bytes], tag: int) -> None:
+        try:
+            name, reasons = registry.choose(self._transports, remote)
+            self.reasons[peer] = reasons
+            others = "; ".join(f"{other}: {why}" for other, why in reasons.items())
+            logger.info("peer %s is read over %s (%s)", peer, name, others or "no other transport here")
+            self._connecting[tag] = (peer, name)
+            self._peers[peer] = name
+            self._transports[name].connect(peer, remote[name], tag)
+        except PDError as error:
+            self._connecting.pop(tag, None)
+            self._feed(ev.Connected(peer, error=str(error)))
+
+    def _poll(self, transport: Transport) -> None:
+        for completion in transport.poll(_BATCH):
+            entry = self._connecting.pop(completion.tag, None)
+            if entry is None:
+                self._feed(ev.Completed(completion.tag, completion.status, completion.detail))
+                continue
+            peer, name = entry
+            if completion.status is Status.DONE:
+                self._feed(ev.Connected(peer, transport=name))
+            else:
+                self._feed(ev.Connected(peer, error=f"{name}: {completion.status} {completion.detail}"))
+
+
+def transport_options(config: Config) -> dict[str, dict[str, Any]]:
+    """Options per transport: what the agent's own address implies, under what ``transport_options`` says."""
+    network = {"host": config.host, "advertise": config.advertise, "cpus": list(config.io_cpus)}
+    return {**config.transport_options, "zmq": network | config.transport_options.get("zmq", {})}
