@@ -119,7 +119,7 @@ class HandOver:
             self._exchange.close()
         self._drop_ticket()
         if self._releases:
-            await asyncio.wait(self._releases, timeout=_RELEASE_S)
+            await asyncio.wait(self._releases, timeout=2 * _RELEASE_S)  # Each ends itself before that.
 
     async def _try_both_legs(self) -> bool:
         try:

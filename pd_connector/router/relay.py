@@ -74,7 +74,7 @@ class Relay:
         self._admission = admission
         self._headers = forwarded_headers(request)
         self._started_at = time.monotonic()
-        self._response_started = False
+        self._answered = False
         self._client_send: Send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,6 +131,9 @@ class Relay:
         task, gone = asyncio.create_task(work), asyncio.create_task(leave())
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if self._answered:
+                # The server reports a whole answer as a disconnect too: then the work is only closing its legs.
+                await asyncio.wait({task}, timeout=_CLEAN_UP_S)
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task}, timeout=_CLEAN_UP_S)
@@ -260,6 +263,7 @@ class Relay:
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def _send_body(self, body: bytes, more: bool = True) -> None:
+        self._answered = self._answered or not more
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _send(self, message: Message) -> None:
