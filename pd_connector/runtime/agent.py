@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from pd_connector.config import Config
-from pd_connector.errors import LocalProtocolError, PDError, TransferFailed
+from pd_connector.errors import LocalProtocolError, TransferFailed
 from pd_connector.layout import KVLayout
 from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
 from pd_connector.plan import CopyPlan, plan_blocks, split_layers
@@ -57,8 +57,7 @@ class Agent:
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._tick: asyncio.TimerHandle | None = None
-        self._pulls: dict[int, asyncio.Future[ev.TransferStats]] = {}
-        self._parts: dict[int, asyncio.Queue[int | None]] = {}
+        self._pulls: dict[int, tuple[Callable[[ev.TransferEnded], None], Callable[[int], None]]] = {}
         self._lease_ends: dict[int, asyncio.Future[str]] = {}
         self._drained: asyncio.Event = asyncio.Event()
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="pdc-digest")
@@ -120,6 +119,11 @@ class Agent:
     def address(self) -> str:
         """What peers dial; part of every ticket."""
         return self._side_channel.address
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Transports that serve our memory, best first."""
+        return tuple(self.core.identity.transports)
 
     def endpoint(self, rank: int = 0) -> Endpoint:
         return Endpoint(rank, self.address, self.incarnation)
@@ -226,8 +230,11 @@ class Agent:
         priority: int = 0,
         timeout: float | None = None,
         by_layer: bool = False,
+        on_end: Callable[[ev.TransferEnded], None] | None = None,
+        on_part: Callable[[int], None] | None = None,
     ) -> int:
-        """Start a pull and return its number; a TransferEnded note follows, exactly one.
+        """Start a pull and return its number. ``on_end`` is called exactly once, perhaps before the return; ``on_part``
+        with the number of each part (layer) whose bytes may be used.
 
         ``blocks`` are destination ids (per group), for the ticket's blocks from ``skip_blocks`` on. Raises
         LocalProtocolError for ids that do not fit."""
@@ -240,8 +247,13 @@ class Agent:
             if most * DIGEST_BYTES > MAX_FRAME // 2:
                 raise LocalProtocolError(f"audit of {most} digests does not fit one frame; pull fewer blocks at a time")
         number = self.core.new_id()
+        self._pulls[number] = (on_end or _ignore, on_part or _ignore)
         timeout = timeout or self.config.transfer_timeout_seconds
-        self._handle(ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit))
+        try:
+            self._handle(ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit))
+        except LocalProtocolError:
+            del self._pulls[number]
+            raise
         return number
 
     def _plan(
@@ -266,10 +278,10 @@ class Agent:
 
         Raises TransferFailed (with ``failed_blocks`` and the cause), LocalProtocolError. When cancelled it returns only
         after the destination is quiet."""
-        number = self.start_pull(ticket, blocks, **options)
-        future = self._pulls[number] = self._loop.create_future()
+        future: asyncio.Future[ev.TransferEnded] = self._loop.create_future()
+        number = self.start_pull(ticket, blocks, on_end=future.set_result, **options)
         try:
-            return await asyncio.shield(future)
+            return _stats_of(await asyncio.shield(future))
         except asyncio.CancelledError:
             self.abort(number, "the pull was cancelled")
             await asyncio.wait([future])
@@ -279,18 +291,20 @@ class Agent:
         self, ticket: Ticket, blocks: Sequence[int] | Sequence[Sequence[int]], **options: Any
     ) -> AsyncIterator[int]:
         """Like ``pull``, yielding the number of each layer as soon as its bytes may be used."""
-        number = self.start_pull(ticket, blocks, by_layer=True, **options)
-        future = self._pulls[number] = self._loop.create_future()
-        queue = self._parts[number] = asyncio.Queue()
+        queue: asyncio.Queue[int | ev.TransferEnded] = asyncio.Queue()
+        number = self.start_pull(
+            ticket, blocks, by_layer=True, on_end=queue.put_nowait, on_part=queue.put_nowait, **options
+        )
+        item: int | ev.TransferEnded = -1
         try:
-            while (layer := await queue.get()) is not None:
-                yield layer
+            while isinstance(item := await queue.get(), int):
+                yield item
         finally:
-            del self._parts[number]
-            if not future.done():
+            if isinstance(item, int):
                 self.abort(number, "the caller stopped taking layers")
-            await asyncio.wait([future])
-        future.result()
+                while isinstance(item, int):
+                    item = await queue.get()
+        _stats_of(item)
 
     def release(self, ticket: Ticket, *, whole: bool = False) -> None:
         """Tell the owner that this reader (``whole``: nobody) will read under the ticket."""
@@ -387,10 +401,10 @@ class Agent:
 
     def _note(self, note: ev.Note) -> None:
         match note:
-            case ev.TransferEnded():
-                self._transfer_ended(note)
-            case ev.PartConfirmed(transfer, part) if transfer in self._parts:
-                self._parts[transfer].put_nowait(part)
+            case ev.TransferEnded(transfer):
+                self._pulls.pop(transfer)[0](note)
+            case ev.PartConfirmed(transfer, part):
+                self._pulls[transfer][1](part)
             case ev.LeaseEnded(number, _, reason):
                 future = self._lease_ends.pop(number, None)
                 if future is not None and not future.done():
@@ -402,16 +416,12 @@ class Agent:
         if self._on_note is not None:
             self._on_note(note)
 
-    def _transfer_ended(self, note: ev.TransferEnded) -> None:
-        if note.transfer in self._parts:
-            self._parts[note.transfer].put_nowait(None)
-        future = self._pulls.pop(note.transfer, None)
-        if future is None or future.done():
-            return
-        if note.outcome == "done":
-            future.set_result(note.stats)
-            return
-        error = TransferFailed(str(note.error), note.failed_blocks)
-        error.__cause__ = note.error if isinstance(note.error, PDError) else None
-        future.set_exception(error)
-        future.exception()  # a pull nobody waits for any more is not worth a warning
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _stats_of(note: ev.TransferEnded) -> ev.TransferStats:
+    if note.outcome == "done":
+        return note.stats
+    raise TransferFailed(str(note.error), note.failed_blocks) from note.error

@@ -1,0 +1,1 @@
+"""The multi-level KV cache: what identifies cached KV, and where it lies."""

@@ -1,0 +1,70 @@
+"""Everything that differs between vLLM versions (0.23 to 0.33) or platforms, as small checks of features."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+from typing import Any
+
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
+
+_ARCH_PRCTL = 158
+_ARCH_REQ_XCOMP_PERM = 0x1023
+_XFEATURE_XTILEDATA = 18
+
+VLLM_DEFAULT_KV_PORT = 14579
+"""vLLM fills this in when nobody set kv_port, so it means "unset" to us."""
+
+
+def parallel_rank() -> tuple[int, int]:
+    """(pipeline rank, tensor rank) of this worker."""
+    return int(get_pp_group().rank_in_group), int(get_tensor_model_parallel_rank())
+
+
+def data_parallel_rank(parallel_config: Any) -> int:
+    """Index of this engine among the data-parallel ones, 0 without data parallelism."""
+    index = getattr(parallel_config, "data_parallel_index", None)
+    return int(parallel_config.data_parallel_rank if index is None else index)
+
+
+def attention_backend(vllm_config: Any, layer: str) -> str:
+    """Name of a layer's attention backend."""
+    found = vllm_config.compilation_config.static_forward_context.get(layer)
+    return str(found.get_attn_backend().get_name()) if hasattr(found, "get_attn_backend") else "unknown"
+
+
+def interior_packing(dtype: Any, block_tokens: int, head_dim: int) -> str:
+    """Instruction set that decides how bytes are packed inside a block; empty where blocks are not packed by one."""
+    if current_platform.device_type != "cpu":
+        return ""
+    try:
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    except ImportError:
+        return platform.machine()
+    try:
+        return str(_get_attn_isa(dtype, block_tokens, head_dim))
+    except TypeError:  # older signature, without the head size
+        return str(_get_attn_isa(dtype, block_tokens))
+
+
+def request_amx_permission() -> None:
+    """Ask the kernel for AMX tiles. Without it a CPU worker whose very first forward is a decode, as on a decode
+    instance, dies with SIGILL: vLLM's decode kernels use AMX, only its prefill path asks for permission."""
+    if current_platform.device_type == "cpu" and platform.machine() == "x86_64":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
+
+
+def transfer_results(sent: set[str], received: set[str]) -> Any:
+    """One worker snapshot; only versions that ask for it (get_transfer_results) have the class."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_sending=sent, finished_recving=received)
+
+
+def media_of(request: Any) -> tuple[tuple[int, str], ...]:
+    """(token position, content hash) of a request's media items."""
+    features = getattr(request, "mm_features", None) or ()
+    return tuple((int(item.mm_position.offset), str(item.identifier)) for item in features)

@@ -1,0 +1,39 @@
+"""What the scheduler side tells the workers each step, and what a worker tells the scheduler side once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+
+from pd_connector.protocol.ticket import Ticket
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):
+    """Where a worker's agent listens."""
+
+    address: str
+    incarnation: int
+
+
+@dataclass
+class Load:
+    """Read a ticket's blocks, from ``skip_blocks`` on, into ``block_ids``."""
+
+    request_id: str
+    ticket: Ticket
+    block_ids: list[int]
+    skip_blocks: int
+
+
+@dataclass
+class StepOrders(KVConnectorMetadata):
+    """Orders of one step, to be applied in this order, each exactly once. The first list ends leases whose blocks
+    somebody may overwrite in this very step."""
+
+    ends: list[tuple[int, str]] = field(default_factory=list)
+    grants: list[tuple[str, Ticket]] = field(default_factory=list)
+    extends: list[int] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    aborts: list[str] = field(default_factory=list)

@@ -1,0 +1,269 @@
+"""Scheduler side: decides what is leased and what is loaded; speaks for the workers on the advertised port.
+
+Nothing here waits: the agent runs in a portal, its notes come back through a queue that the next step drains.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from pd_connector.cache.prefix import extend_key, root_key
+from pd_connector.errors import RemoteProtocolError
+from pd_connector.protocol import events as ev
+from pd_connector.protocol.messages import CAPABILITY_BYTES, Endpoint
+from pd_connector.protocol.ticket import Ticket
+from pd_connector.runtime.agent import Agent
+from pd_connector.runtime.portal import Portal
+from pd_connector.vllm_plugin import compat
+from pd_connector.vllm_plugin.identity import model_identity
+from pd_connector.vllm_plugin.metadata import Handshake, Load, StepOrders
+from pd_connector.vllm_plugin.metrics import PDStats
+from pd_connector.vllm_plugin.params import from_params, to_params
+from pd_connector.vllm_plugin.settings import instance_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Hope:
+    """A decode request that may load its prompt's KV: the one attempt it has."""
+
+    ticket: Ticket
+    attempted: bool = False
+    loading: bool = False
+
+
+class PDScheduler:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._vllm_config = vllm_config
+        transfer = vllm_config.kv_transfer_config
+        self._engine_id = str(transfer.engine_id)
+        self._produces, self._consumes = transfer.is_kv_producer, transfer.is_kv_consumer
+        self._block_tokens = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self._config = instance_config(vllm_config)
+        self._model = self._config.model or model_identity(vllm_config.model_config)
+        self._notes: deque[ev.Note] = deque()
+        self._orders = StepOrders()
+        self._hopes: dict[str, Hope] = {}
+        self._lost: set[bytes] = set()
+        self._leases: dict[int, str] = {}
+        self._lease_of: dict[str, int] = {}
+        self._last_lease = 0
+        self._counters: Counter[str] = Counter()
+        self._portal = Portal("pdc-scheduler", self._config.io_cpus)
+        self._agent = Agent(self._config, name=self._engine_id, on_note=self._notes.append)
+        self._agent.identify(self._model)
+        self._portal.call(self._agent.start)
+        logger.info("PDConnector: engine %s answers at %s", self._engine_id, self._agent.address)
+
+    def set_handshakes(self, handshakes: Mapping[tuple[int, int], Handshake]) -> None:
+        """All workers are up: tell peers where their ranks listen."""
+        tensor_parallel = int(self._vllm_config.parallel_config.tensor_parallel_size)
+        ranks = [
+            Endpoint(stage * tensor_parallel + rank, shake.address, shake.incarnation)
+            for (stage, rank), shake in sorted(handshakes.items())
+        ]
+        self._portal.call(self._agent.speak_for, ranks)
+
+    # --- decode side --------------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Any) -> None:
+        """Keep the ticket's lease alive while the request waits in the queue."""
+        hope = self._hope(request)
+        if hope is not None and not hope.attempted:
+            self._portal.post(self._agent.keep, hope.ticket)
+
+    def _hope(self, request: Any) -> Hope | None:
+        """What a request may load, looked at once; None when it computes everything itself."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return None
+        if (known := self._hopes.get(request.request_id)) is not None:
+            return known
+        try:
+            hope = Hope(from_params(params))
+        except RemoteProtocolError as error:
+            params["do_remote_prefill"] = False
+            self._decline(request, "tickets_malformed", str(error))
+            return None
+        self._hopes[request.request_id] = hope
+        problem = self._problem(request, hope.ticket)
+        if problem is not None:
+            hope.attempted = True
+            self._decline(request, *problem)
+            self._portal.post(self._release, hope.ticket)
+        return hope
+
+    def _problem(self, request: Any, ticket: Ticket) -> tuple[str, str] | None:
+        """(counter, words) why a ticket cannot serve this request."""
+        if not self._consumes:
+            return "wrong_role", "kv_role kv_producer loads nothing; use kv_consumer or kv_both"
+        if request.prompt_token_ids is None:
+            return "tickets_unusable", "the prompt is given as embeddings, its KV has no key"
+        if not 0 < ticket.tokens <= request.num_prompt_tokens:
+            return (
+                "key_mismatches",
+                f"the ticket covers {ticket.tokens} tokens, the prompt has {request.num_prompt_tokens}: "
+                "tokenised differently?",
+            )
+        if ticket.key != self._key(request, ticket.tokens):
+            return "key_mismatches", "the ticket is for other tokens, another LoRA, cache_salt or media"
+        if len(ticket.blocks) != 1 or len(ticket.blocks[0]) < -(-ticket.tokens // self._block_tokens):
+            return "tickets_unusable", "the ticket holds too few blocks for its tokens: do the block sizes differ?"
+        return None
+
+    def _key(self, request: Any, tokens: int) -> bytes:
+        lora = request.lora_request.lora_name if request.lora_request is not None else ""
+        media = tuple(item for item in compat.media_of(request) if item[0] < tokens)
+        root = root_key(model=self._model, salt=request.cache_salt or "", lora=lora, media=media)
+        return extend_key(root, request.prompt_token_ids[:tokens])
+
+    def _decline(self, request: Any, counter: str, why: str) -> None:
+        self._counters[counter] += 1
+        logger.warning("request %s computes its prompt here: %s", request.request_id, why)
+
+    def matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
+        """(tokens that can be loaded beyond ``computed``, asynchronously?)."""
+        hope = self._hope(request)
+        if hope is None or hope.attempted:
+            return 0, False
+        if hope.ticket.capability in self._lost:
+            hope.attempted = True
+            self._lost.discard(hope.ticket.capability)
+            self._decline(request, "tickets_lost", "the lease ended while the request waited in the queue")
+            return 0, False
+        count = hope.ticket.tokens - computed
+        # The last prompt token is always computed here: loading it alone would be loading for nothing.
+        if count <= 0 or (count == 1 and hope.ticket.tokens == request.num_prompt_tokens):
+            return 0, False
+        return count, True
+
+    def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
+        """Blocks exist: order the load, or give the ticket back when nothing is to be loaded."""
+        hope = self._hope(request)
+        if hope is None or hope.attempted:
+            return
+        hope.attempted = True
+        if not external_tokens:
+            self._counters["tickets_not_needed"] += 1
+            self._portal.post(self._release, hope.ticket)
+            return
+        hope.loading = True
+        self._portal.post(self._agent.drop, hope.ticket)
+        skip = (hope.ticket.tokens - external_tokens) // self._block_tokens
+        ids = blocks.get_block_ids()[0][skip : -(-hope.ticket.tokens // self._block_tokens)]
+        self._counters["tokens_to_load"] += external_tokens
+        self._orders.loads.append(Load(request.request_id, hope.ticket, list(ids), skip))
+
+    def _release(self, ticket: Ticket) -> None:
+        self._agent.release(ticket, whole=True)
+
+    # --- prefill side -------------------------------------------------------------------------------------------------
+
+    def finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request ended: lease its blocks if it was a prefill for somebody else. (delay the free?, ticket)."""
+        self._finish_hope(request)
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_decode"):
+            return False, None
+        if not self._produces:
+            self._decline(request, "wrong_role", "kv_role kv_consumer hands nothing over; use kv_producer or kv_both")
+            return False, None
+        done = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+        tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
+        if not done or not block_ids or not tokens or request.prompt_token_ids is None:
+            return False, None
+        self._last_lease += 1
+        ticket = Ticket(
+            address=self._agent.address,
+            incarnation=self._agent.incarnation,
+            lease=self._last_lease,
+            epoch=1,
+            capability=secrets.token_bytes(CAPABILITY_BYTES),
+            blocks=(tuple(block_ids[: -(-tokens // self._block_tokens)]),),
+            tokens=tokens,
+            key=self._key(request, tokens),
+        )
+        self._leases[ticket.lease] = request.request_id
+        self._lease_of[request.request_id] = ticket.lease
+        self._orders.grants.append((request.request_id, ticket))
+        self._portal.post(self._grant_here, ticket)
+        parallel = self._vllm_config.parallel_config
+        return True, to_params(
+            ticket,
+            request_id=request.request_id,
+            engine_id=self._engine_id,
+            tp_size=int(parallel.tensor_parallel_size),
+            pp_size=int(parallel.pipeline_parallel_size),
+        )
+
+    def _grant_here(self, ticket: Ticket) -> None:
+        """A lease of the same number on the advertised agent, so that it answers RENEW and RELEASE. It lasts until the
+        cap: the workers' own leases decide when one expires."""
+        self._agent.grant(ticket, seconds=self._config.lease_cap_seconds)
+
+    def _finish_hope(self, request: Any) -> None:
+        # A request may end before anybody looked at it; its owner need not wait for the lease to run out.
+        hope = self._hope(request)
+        if hope is None:
+            return
+        self._hopes.pop(request.request_id, None)
+        self._lost.discard(hope.ticket.capability)
+        if not hope.attempted:
+            self._portal.post(self._release, hope.ticket)
+        elif hope.loading:
+            self._orders.aborts.append(request.request_id)
+
+    # --- every step ---------------------------------------------------------------------------------------------------
+
+    def orders(self, scheduler_output: Any) -> StepOrders:
+        while self._notes:
+            self._take(self._notes.popleft())
+        for new in scheduler_output.scheduled_new_reqs:
+            hope = self._hopes.get(new.req_id)
+            if hope is not None and new.prompt_token_ids is not None:
+                # The last prompt token is always computed here.
+                missing = len(new.prompt_token_ids) - 1 - int(new.num_computed_tokens)
+                self._counters["tokens_recomputed"] += max(missing, 0)
+        orders, self._orders = self._orders, StepOrders()
+        return orders
+
+    def _take(self, note: ev.Note) -> None:
+        match note:
+            case ev.LeaseEnded(number, _, reason) if number in self._leases:
+                self._orders.ends.append((number, reason))
+            case ev.LeaseRenewed(number, _) if number in self._leases:
+                self._orders.extends.append(number)
+            case ev.TicketLost(ticket):
+                if any(hope.ticket is ticket for hope in self._hopes.values()):
+                    self._lost.add(ticket.capability)
+            case _:
+                pass
+
+    def workers_reported(self, output: Any) -> None:
+        for request_id in output.finished_recving or ():
+            if (hope := self._hopes.get(request_id)) is not None:
+                hope.loading = False
+        for request_id in output.finished_sending or ():
+            if (number := self._lease_of.pop(request_id, None)) is not None:
+                del self._leases[number]
+                self._portal.post(self._agent.end, number, "every worker ended it")
+
+    def stats(self) -> PDStats | None:
+        if not self._counters:
+            return None
+        counters, self._counters = self._counters, Counter()
+        return PDStats.of(counters=counters)
+
+    def shutdown(self) -> None:
+        try:
+            self._portal.run(self._agent.close(), timeout=10)
+        finally:
+            self._portal.close()

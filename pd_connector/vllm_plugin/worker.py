@@ -1,0 +1,183 @@
+"""Worker side: one agent per rank in a portal; the engine's thread only hands over orders and takes results."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from pd_connector.errors import LocalProtocolError, PDError
+from pd_connector.protocol import events as ev
+from pd_connector.protocol.ticket import Ticket
+from pd_connector.runtime.agent import Agent
+from pd_connector.runtime.portal import Portal
+from pd_connector.vllm_plugin import compat
+from pd_connector.vllm_plugin.identity import describe_caches, model_identity
+from pd_connector.vllm_plugin.metadata import Handshake, Load, StepOrders
+from pd_connector.vllm_plugin.metrics import PDStats, Transferred
+from pd_connector.vllm_plugin.settings import worker_config
+
+logger = logging.getLogger(__name__)
+
+_ORDER_SECONDS = 30.0
+"""How long the engine waits for an end of leases to be applied; the portal answers in milliseconds unless starved."""
+
+
+@dataclass
+class Finished:
+    """Results since the last step. Each request is in ``sent`` or ``received`` exactly once in its life."""
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    failed_blocks: set[int] = field(default_factory=set)
+
+
+class PDWorker:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._config = worker_config(vllm_config)
+        self._portal: Portal | None = None
+        self._agent: Agent | None = None
+        self._rank = 0
+        # Written on the portal's loop, drained by the engine's thread; deque operations are atomic.
+        self._ended: deque[tuple[str, str, tuple[int, ...]]] = deque()
+        self._transferred: deque[Transferred] = deque()
+        self._numbers: dict[str, int] = {}
+        self._lease_requests: dict[int, str] = {}
+        self._failed_blocks: set[int] = set()
+        self._seen_counters: Counter[str] = Counter()
+        self._seen_gauges: dict[str, int] = {}
+
+    def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
+        compat.request_amx_permission()
+        rank = compat.parallel_rank()
+        regions, layout = describe_caches(self._vllm_config, self._kv_cache_config, kv_caches, rank)
+        self._rank = layout.rank
+        engine_id = self._vllm_config.kv_transfer_config.engine_id
+        self._portal = Portal(f"pdc-worker-{self._rank}", self._config.io_cpus)
+        self._agent = Agent(self._config, name=f"{engine_id}/{self._rank}", on_note=self._note)
+        self._agent.identify(self._config.model or model_identity(self._vllm_config.model_config))
+        self._portal.call(self._agent.start)
+        self._portal.call(self._agent.register, regions, layout, timeout=60)
+        size = sum(region.length for region in regions)
+        logger.info(
+            "PDConnector: rank %d registered %d bytes in %d regions, layout %s (%s), transports %s",
+            self._rank, size, len(regions), layout.fingerprint(), layout.packing, ", ".join(self._agent.transports),
+        )  # fmt: skip
+
+    def handshake(self) -> Handshake | None:
+        return None if self._agent is None else Handshake(self._agent.address, self._agent.incarnation)
+
+    # --- orders -------------------------------------------------------------------------------------------------------
+
+    def apply(self, orders: StepOrders) -> None:
+        """Hand a step's orders over. Ends are applied before the return: this step may overwrite those blocks."""
+        if self._portal is None or self._agent is None:
+            return
+        if orders.ends:
+            self._portal.call(self._end, orders.ends, timeout=_ORDER_SECONDS)
+        if orders.grants or orders.extends or orders.aborts or orders.loads:
+            self._portal.post(self._carry_out, orders)
+
+    def _end(self, ends: list[tuple[int, str]]) -> None:
+        assert self._agent is not None
+        for number, reason in ends:
+            self._agent.end(number, reason)
+
+    def _carry_out(self, orders: StepOrders) -> None:
+        assert self._agent is not None
+        for request_id, ticket in orders.grants:
+            self._grant(request_id, ticket)
+        for number in orders.extends:
+            self._agent.extend(number)
+        for load in orders.loads:
+            self._load(load)
+        for request_id in orders.aborts:
+            if (transfer := self._numbers.get(request_id)) is not None:
+                self._agent.abort(transfer, "the request was aborted")
+
+    def _grant(self, request_id: str, ticket: Ticket) -> None:
+        assert self._agent is not None
+        self._lease_requests[ticket.lease] = request_id
+        try:
+            self._agent.grant(ticket)
+        except LocalProtocolError as error:
+            logger.warning("request %s cannot be handed over: %s", request_id, error)
+            del self._lease_requests[ticket.lease]
+            self._ended.append(("sent", request_id, ()))
+
+    def _load(self, load: Load) -> None:
+        agent, blocks = self._agent, tuple(load.block_ids)
+        assert agent is not None
+
+        over = False
+
+        def ended(note: ev.TransferEnded) -> None:
+            nonlocal over
+            over = True
+            self._numbers.pop(load.request_id, None)
+            error = type(note.error).__name__ if note.error is not None else ""
+            if note.outcome == "failed":
+                logger.warning("request %s: load failed: %s", load.request_id, note.error)
+            # Failed blocks of an aborted request must never be reported: it is gone, its blocks may be another's.
+            self._ended.append(("received", load.request_id, blocks if note.outcome == "failed" else ()))
+            self._transferred.append(Transferred(note.stats, note.outcome, error, load.ticket.address))
+
+        # The owner may hold more blocks than are wanted here.
+        source = load.ticket.blocks[0][load.skip_blocks : load.skip_blocks + len(blocks)]
+        ticket = msgspec.structs.replace(load.ticket, blocks=(source,))
+        try:
+            number = agent.start_pull(ticket, blocks, rank=self._rank, on_end=ended)
+        except PDError as error:
+            ended(ev.TransferEnded(0, "failed", error, blocks))
+            return
+        if not over:
+            self._numbers[load.request_id] = number
+
+    def _note(self, note: ev.Note) -> None:
+        if isinstance(note, ev.LeaseEnded) and (request_id := self._lease_requests.pop(note.number, None)):
+            self._ended.append(("sent", request_id, ()))
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def finished(self) -> Finished:
+        out = Finished()
+        while self._ended:
+            kind, request_id, blocks = self._ended.popleft()
+            (out.sent if kind == "sent" else out.received).add(request_id)
+            self._failed_blocks.update(blocks)
+        return out
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks of the requests that the last ``finished`` reported as received, but failed."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def stats(self) -> PDStats | None:
+        """What changed since the last call, or None."""
+        if self._agent is None:
+            return None
+        counters = self._agent.counters()
+        delta = counters - self._seen_counters
+        gauges = self._agent.gauges()
+        transfers = [self._transferred.popleft() for _ in range(len(self._transferred))]
+        if not delta and not transfers and gauges == self._seen_gauges:
+            return None
+        self._seen_counters, self._seen_gauges = counters, gauges
+        return PDStats.of(counters=delta, transfers=transfers, gauges={str(self._rank): gauges})
+
+    def shutdown(self) -> None:
+        """Let readers of our leases finish, within ``drain_seconds``, then close."""
+        if self._portal is None or self._agent is None:
+            return
+        try:
+            self._portal.run(self._agent.drain(), timeout=self._config.drain_seconds + 5)
+            self._portal.run(self._agent.close(), timeout=30)
+        finally:
+            self._portal.close()
+            self._portal = None
