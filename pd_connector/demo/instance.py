@@ -107,7 +107,7 @@ class Instance:
         self.process = None
 
     def metrics(self) -> dict[str, float]:
-        """Prometheus samples, summed over labels other than le: ``name{label="value",...}`` → value, also by bare name."""
+        """Prometheus samples: ``name{label="value",...}`` → value, and their sum by bare name."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
             text = answer.read().decode()
         out: dict[str, float] = {}

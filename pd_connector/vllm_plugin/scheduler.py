@@ -18,6 +18,7 @@ from pd_connector.cache.prefix import extend_key, root_key
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.messages import CAPABILITY_BYTES, Endpoint
+from pd_connector.protocol.params import from_params, to_params
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.agent import Agent
 from pd_connector.runtime.portal import Portal
@@ -25,7 +26,6 @@ from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.identity import model_identity
 from pd_connector.vllm_plugin.metadata import Handshake, Load, StepOrders
 from pd_connector.vllm_plugin.metrics import PDStats
-from pd_connector.vllm_plugin.params import from_params, to_params
 from pd_connector.vllm_plugin.settings import instance_config
 
 logger = logging.getLogger(__name__)
