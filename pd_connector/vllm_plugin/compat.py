@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import platform
 from typing import Any
 
@@ -16,6 +17,13 @@ _XFEATURE_XTILEDATA = 18
 
 VLLM_DEFAULT_KV_PORT = 14579
 """vLLM fills this in when nobody set kv_port, so it means "unset" to us."""
+
+
+def share_engine_logging() -> None:
+    """Let our log lines go where vLLM's go: it configures only the logger named after itself."""
+    ours, engine = logging.getLogger("pd_connector"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers, ours.level, ours.propagate = engine.handlers, engine.getEffectiveLevel(), False
 
 
 def parallel_rank() -> tuple[int, int]:

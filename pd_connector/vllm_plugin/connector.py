@@ -19,6 +19,7 @@ class PDConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        compat.share_engine_logging()
         self._scheduler: PDScheduler | None = None
         self._worker: PDWorker | None = None
         self._applied: StepOrders | None = None

@@ -57,6 +57,7 @@ class PDScheduler:
         self._lease_of: dict[str, int] = {}
         self._last_lease = 0
         self._counters: Counter[str] = Counter()
+        self._spoken: Counter[str] = Counter()
         self._portal = Portal("pdc-scheduler", self._config.io_cpus)
         self._agent = Agent(self._config, name=self._engine_id, on_note=self._notes.append)
         self._agent.identify(self._model)
@@ -257,9 +258,12 @@ class PDScheduler:
                 self._portal.post(self._agent.end, number, "every worker ended it")
 
     def stats(self) -> PDStats | None:
-        if not self._counters:
+        spoken = self._agent.counters()
+        fresh = Counter({f"speaker_{key}": n for key, n in (spoken - self._spoken).items() if "lease" not in key})
+        self._spoken = spoken
+        if not self._counters and not fresh:
             return None
-        counters, self._counters = self._counters, Counter()
+        counters, self._counters = self._counters + fresh, Counter()
         return PDStats.of(counters=counters)
 
     def shutdown(self) -> None:
