@@ -23,7 +23,8 @@ def share_engine_logging() -> None:
     """Let our log lines go where vLLM's go: it configures only the logger named after itself."""
     ours, engine = logging.getLogger("pd_connector"), logging.getLogger("vllm")
     if not ours.handlers:
-        ours.handlers, ours.level, ours.propagate = engine.handlers, engine.getEffectiveLevel(), False
+        ours.handlers, ours.propagate = engine.handlers, False
+        ours.setLevel(engine.getEffectiveLevel())
 
 
 def parallel_rank() -> tuple[int, int]:

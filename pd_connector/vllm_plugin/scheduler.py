@@ -58,6 +58,7 @@ class PDScheduler:
         self._last_lease = 0
         self._counters: Counter[str] = Counter()
         self._spoken: Counter[str] = Counter()
+        self._spoken_now: Counter[str] = Counter()
         self._portal = Portal("pdc-scheduler", self._config.io_cpus)
         self._agent = Agent(self._config, name=self._engine_id, on_note=self._notes.append)
         self._agent.identify(self._model)
@@ -258,13 +259,18 @@ class PDScheduler:
                 self._portal.post(self._agent.end, number, "every worker ended it")
 
     def stats(self) -> PDStats | None:
-        spoken = self._agent.counters()
+        self._portal.post(self._look)
+        spoken = self._spoken_now
         fresh = Counter({f"speaker_{key}": n for key, n in (spoken - self._spoken).items() if "lease" not in key})
         self._spoken = spoken
         if not self._counters and not fresh:
             return None
         counters, self._counters = self._counters + fresh, Counter()
         return PDStats.of(counters=counters)
+
+    def _look(self) -> None:
+        """On the loop: counters change there, another thread must not iterate over them."""
+        self._spoken_now = self._agent.counters()
 
     def shutdown(self) -> None:
         try:

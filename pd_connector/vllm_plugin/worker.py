@@ -50,8 +50,8 @@ class PDWorker:
         self._numbers: dict[str, int] = {}
         self._lease_requests: dict[int, str] = {}
         self._failed_blocks: set[int] = set()
-        self._seen_counters: Counter[str] = Counter()
-        self._seen_gauges: dict[str, int] = {}
+        self._seen: tuple[Counter[str], dict[str, int]] = (Counter(), {})
+        self._now: tuple[Counter[str], dict[str, int]] = (Counter(), {})
 
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
         compat.request_amx_permission()
@@ -124,6 +124,7 @@ class PDWorker:
             error = type(note.error).__name__ if note.error is not None else ""
             if note.outcome == "failed":
                 logger.warning("request %s: load failed: %s", load.request_id, note.error)
+            self._look()
             # Failed blocks of an aborted request must never be reported: it is gone, its blocks may be another's.
             self._ended.append(("received", load.request_id, blocks if note.outcome == "failed" else ()))
             self._transferred.append(Transferred(note.stats, note.outcome, error, load.ticket.address))
@@ -141,7 +142,14 @@ class PDWorker:
 
     def _note(self, note: ev.Note) -> None:
         if isinstance(note, ev.LeaseEnded) and (request_id := self._lease_requests.pop(note.number, None)):
+            self._look()
             self._ended.append(("sent", request_id, ()))
+
+    def _look(self) -> None:
+        """On the loop: what the agent counts changes there, another thread must not iterate over it. Looking before a
+        result is handed over makes the last step's gauges true for the idle time that follows."""
+        assert self._agent is not None
+        self._now = (self._agent.counters(), self._agent.gauges())
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -160,15 +168,15 @@ class PDWorker:
 
     def stats(self) -> PDStats | None:
         """What changed since the last call, or None."""
-        if self._agent is None:
+        if self._portal is None:
             return None
-        counters = self._agent.counters()
-        delta = counters - self._seen_counters
-        gauges = self._agent.gauges()
+        counters, gauges = self._now
+        delta = counters - self._seen[0]
         transfers = [self._transferred.popleft() for _ in range(len(self._transferred))]
-        if not delta and not transfers and gauges == self._seen_gauges:
+        self._portal.post(self._look)
+        if not delta and not transfers and gauges == self._seen[1]:
             return None
-        self._seen_counters, self._seen_gauges = counters, gauges
+        self._seen = (counters, gauges)
         return PDStats.of(counters=delta, transfers=transfers, gauges={str(self._rank): gauges})
 
     def shutdown(self) -> None:
