@@ -60,7 +60,7 @@ class Agent:
         self._pulls: dict[int, tuple[Callable[[ev.TransferEnded], None], Callable[[int], None]]] = {}
         self._lease_ends: dict[int, asyncio.Future[str]] = {}
         self._drained: asyncio.Event = asyncio.Event()
-        self._digests = ThreadPoolExecutor(1, thread_name_prefix="pdc-digest")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="pdc-background")
         self._last_lease = 0
         self._closed = False
 
@@ -101,7 +101,7 @@ class Agent:
         self._closed = True
         if self._tick is not None:
             self._tick.cancel()
-        await self._loop.run_in_executor(None, self._digests.shutdown)
+        await self._loop.run_in_executor(None, self._background.shutdown)
         self._side_channel.close()
         self._views.clear()
 
@@ -148,6 +148,8 @@ class Agent:
         regions = given if isinstance(given, list) and isinstance(given[0], Region) else to_regions(given)
         self._grids = order_grids(regions)
         self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
+        for region in regions:
+            self._loop.run_in_executor(self._background, region.populate)
         self._courier = Courier(self.config, self.name, regions, self._loop, self._feed)
         self.core.identity = replace(
             self.core.identity,
@@ -393,7 +395,7 @@ class Agent:
     async def _digest(self, command: ev.DigestBlocks) -> None:
         args = (self._views, self._grids, command.grids, command.runs, command.column)
         try:
-            digests: bytes | None = await self._loop.run_in_executor(self._digests, digest_blocks, *args)
+            digests: bytes | None = await self._loop.run_in_executor(self._background, digest_blocks, *args)
         except (RuntimeError, ValueError, IndexError) as error:
             logger.warning("digest of %d grids failed: %s", len(command.grids), error)
             digests = None

@@ -19,6 +19,9 @@ from pd_connector.protocol.events import TransferStats
 MAX_PEERS = 64
 """Peers with a label value of their own; all further ones share ``other``."""
 
+LOOK_SECONDS = 0.5
+"""Between looks at counters that no result announces."""
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BYTES = tuple(float(2**exponent) for exponent in range(12, 36, 2))
 

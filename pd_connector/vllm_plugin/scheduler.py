@@ -6,6 +6,7 @@ Nothing here waits: the agent runs in a portal, its notes come back through a qu
 from __future__ import annotations
 
 import logging
+import time
 import secrets
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.identity import model_identity
 from pd_connector.vllm_plugin.metadata import Handshake, Load, StepOrders
-from pd_connector.vllm_plugin.metrics import PDStats
+from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats
 from pd_connector.vllm_plugin.settings import instance_config
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class PDScheduler:
         self._lease_of: dict[str, int] = {}
         self._last_lease = 0
         self._counters: Counter[str] = Counter()
+        self._next_look = 0.0
         self._spoken: Counter[str] = Counter()
         self._spoken_now: Counter[str] = Counter()
         self._portal = Portal("pdc-scheduler", self._config.io_cpus)
@@ -259,7 +261,9 @@ class PDScheduler:
                 self._portal.post(self._agent.end, number, "every worker ended it")
 
     def stats(self) -> PDStats | None:
-        self._portal.post(self._look)
+        if (now := time.monotonic()) >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._portal.post(self._look)
         spoken = self._spoken_now
         fresh = Counter({f"speaker_{key}": n for key, n in (spoken - self._spoken).items() if "lease" not in key})
         self._spoken = spoken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.identity import describe_caches, model_identity
 from pd_connector.vllm_plugin.metadata import Handshake, Load, StepOrders
-from pd_connector.vllm_plugin.metrics import PDStats, Transferred
+from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats, Transferred
 from pd_connector.vllm_plugin.settings import worker_config
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class PDWorker:
         self._numbers: dict[str, int] = {}
         self._lease_requests: dict[int, str] = {}
         self._failed_blocks: set[int] = set()
+        self._next_look = 0.0
         self._seen: tuple[Counter[str], dict[str, int]] = (Counter(), {})
         self._now: tuple[Counter[str], dict[str, int]] = (Counter(), {})
 
@@ -173,7 +175,9 @@ class PDWorker:
         counters, gauges = self._now
         delta = counters - self._seen[0]
         transfers = [self._transferred.popleft() for _ in range(len(self._transferred))]
-        self._portal.post(self._look)
+        if (now := time.monotonic()) >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._portal.post(self._look)
         if not delta and not transfers and gauges == self._seen[1]:
             return None
         self._seen = (counters, gauges)
