@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ MAX_CAPABILITY_BYTES = 64
 @dataclass(frozen=True, slots=True)
 class _Grant:
     capability: bytes
-    blocks: dict[int, npt.NDArray[np.uint32]]  # sorted, per KV cache group
+    # Per KV cache group: sorted ids, closed by one more entry for searchsorted to point at past the end.
+    blocks: dict[int, npt.NDArray[np.uint32]]
 
 
 class Grants:
@@ -49,7 +51,7 @@ class Grants:
             self._grants.clear()
 
     def refusal(
-        self, lease: LeaseId, capability: bytes, groups: npt.NDArray[np.int64], blocks: npt.NDArray[np.uint32]
+        self, lease: LeaseId, capability: bytes, groups: Iterable[int], blocks: npt.NDArray[np.uint32]
     ) -> str | None:
         """Why these blocks of each of these groups may not be read, or None.
 
@@ -61,14 +63,11 @@ class Grants:
         if grant is None:
             return f"lease {lease.number} epoch {lease.epoch} is not granted here (not yet, or no longer)"
         allowed = hmac.compare_digest(grant.capability, capability)
-        for group in np.unique(groups).tolist():
+        for group in groups:
             leased = grant.blocks.get(group)
             allowed = allowed and leased is not None and _within(leased, blocks)
         return None if allowed else f"lease {lease.number} epoch {lease.epoch} does not cover this read"
 
 
 def _within(leased: npt.NDArray[np.uint32], blocks: npt.NDArray[np.uint32]) -> bool:
-    if not len(leased):
-        return not len(blocks)
-    at = np.minimum(np.searchsorted(leased, blocks), len(leased) - 1)
-    return bool(np.array_equal(leased[at], blocks))
+    return bool((leased[np.searchsorted(leased[:-1], blocks)] == blocks).all())

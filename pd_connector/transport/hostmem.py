@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from pd_connector.errors import LocalProtocolError
+from pd_connector.errors import LocalProtocolError, RemoteProtocolError
 from pd_connector.memory import MemoryKind, Region, order_grids
 from pd_connector.plan import CopyPlan
-from pd_connector.transport.slices import Blocks, Parts
+from pd_connector.transport.slices import Blocks, Part
 
 GATHER_BELOW = 32768
 """Mean bytes per contiguous segment under which one copy by numpy costs less than one frame per segment."""
 
 Buffer = npt.NDArray[np.uint8]
-Spans = npt.NDArray[np.int64]
 
 
 class HostMemory:
-    """Raises LocalProtocolError for a region that is not host memory."""
+    """Raises LocalProtocolError for a region that is not host memory.
+
+    Inside, a byte is named by its *position*: regions laid end to end with a gap of one between them, so that two
+    segments touch only if they are neighbours in one region.
+    """
 
     def __init__(self, regions: Sequence[Region]) -> None:
         for region in regions:
             if region.kind is not MemoryKind.HOST:
                 raise LocalProtocolError(f"{region}: this transport reaches host memory only; use a staged transport")
         self._bytes = [np.frombuffer(region.view(), np.uint8) for region in regions]
-        self.grids = order_grids(regions)
-        rows = [
-            (
-                ref.region,
-                ref.grid.offset,
-                ref.grid.block_stride,
-                ref.grid.block_bytes,
-                ref.grid.num_blocks,
-                ref.grid.group,
-            )
-            for ref in self.grids
-        ]
-        table = np.array(rows, np.int64).reshape(-1, 6)
-        self._region, self._offset, self._stride, self._block_bytes, self._num_blocks, self.groups = table.T
+        self._first = [0]
+        for region in regions:
+            self._first.append(self._first[-1] + region.length + 1)
+        self._refs = order_grids(regions)
+        self._grids = [ref.grid for ref in self._refs]
+        self._base = [self._first[ref.region] + ref.grid.offset for ref in self._refs]
 
-    def fault(self, blocks: Blocks | npt.NDArray[np.int64], parts: Parts) -> str | None:
+    def groups(self, parts: Iterable[Part]) -> set[int]:
+        """KV cache groups that these parts belong to."""
+        return {self._grids[grid].group for grid, _, _ in parts}
+
+    def fault(self, last_block: int, parts: Iterable[Part]) -> str | None:
         """What is wrong with an address, or None; nothing else here checks."""
-        if not len(parts) or not len(blocks):
-            return None
-        grid, offset, size = parts.T
-        if parts.min() < 0 or size.min() < 1 or parts[:, 1:].max() >= 2**48:
-            return "a part has a negative or impossible grid, offset or size"
-        if grid.max() >= len(self.grids):
-            return f"grid {int(grid.max())} does not exist, there are {len(self.grids)}"
-        over = np.flatnonzero(offset + size > self._block_bytes[grid])
-        if len(over):
-            at = int(over[0])
-            return f"bytes {offset[at]}..{offset[at] + size[at]} lie outside the blocks of grid {grid[at]}"
-        limit = int(self._num_blocks[grid].min())
-        if int(blocks.max()) >= limit:
-            return f"block {int(blocks.max())} does not exist, there are {limit}"
+        for index, offset, size in parts:
+            if not 0 <= index < len(self._grids):
+                return f"grid {index} does not exist, there are {len(self._grids)}"
+            grid = self._grids[index]
+            if offset < 0 or size < 1 or offset + size > grid.block_bytes:
+                return f"{size} bytes at {offset} do not lie in the blocks of grid {index} ({grid.block_bytes} bytes)"
+            if last_block >= grid.num_blocks:
+                return f"block {last_block} does not exist, grid {index} has {grid.num_blocks}"
         return None
 
     def check_plan(self, plan: CopyPlan) -> None:
@@ -66,77 +60,98 @@ class HostMemory:
         runs = plan.runs
         if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.uint32:
             raise LocalProtocolError(f"runs must be uint32 of shape (n, 3), got {runs.dtype} of {runs.shape}")
-        parts = np.array([(p.dst_grid, p.dst_offset, p.run_bytes) for p in plan.patterns], np.int64).reshape(-1, 3)
-        last = runs[:, 1].astype(np.int64) + runs[:, 2]
-        if len(runs) and len(parts):
-            if int(runs[:, 2].min()) < 1:
-                raise LocalProtocolError("a run of a plan has no blocks")
-            # The highest id of every run is enough, and costs nothing like expanding a run of 2**32 blocks.
-            fault = self.fault(last - 1, parts)
-            if fault is not None:
-                raise LocalProtocolError(f"the plan does not fit the memory registered here: {fault}")
-            limit = int(self._num_blocks[parts[:, 0]].min())
-            if plan.num_blocks > limit:
-                raise LocalProtocolError(f"the plan writes {plan.num_blocks} blocks into {limit}: one is named twice")
+        if not len(runs) or not plan.patterns:
+            return
+        if int(runs[:, 2].min()) < 1:
+            raise LocalProtocolError("a run of a plan has no blocks")
+        # The highest id is enough, and costs nothing like expanding a run of 2**32 blocks.
+        last = int((runs[:, 1].astype(np.int64) + runs[:, 2]).max()) - 1
+        fault = self.fault(last, [(p.dst_grid, p.dst_offset, p.run_bytes) for p in plan.patterns])
+        if fault is not None:
+            raise LocalProtocolError(f"the plan does not fit the memory registered here: {fault}")
+        limit = min(self._grids[pattern.dst_grid].num_blocks for pattern in plan.patterns)
+        if plan.num_blocks > limit:
+            raise LocalProtocolError(f"the plan writes {plan.num_blocks} blocks into {limit}: one is named twice")
 
-    def load(self, blocks: Blocks, parts: Parts) -> list[Buffer]:
+    def load(self, blocks: Blocks, parts: Sequence[Part]) -> list[Buffer]:
         """The stream of a slice: views of block memory, or one gathered copy when the pieces are small."""
-        spans = self._spans(blocks, parts)
-        if not _scattered(spans):
-            return self._views(spans)
-        out = np.empty(len(blocks) * int(parts[:, 2].sum()), np.uint8)
-        at = 0
-        for part in parts:
-            end = at + len(blocks) * int(part[2])
-            out[at:end].reshape(len(blocks), -1)[:] = self._rows(part)[blocks]
-            at = end
+        segments = self._segments(blocks, parts)
+        if segments is not None:
+            return segments
+        out = _empty(blocks, parts)
+        for rows, stream in self._rows(blocks, parts, out):
+            stream[:] = rows[blocks]
         return [out]
 
-    def store(self, blocks: Blocks, parts: Parts, stream: Sequence[Buffer]) -> None:
-        """Write a stream that the caller found to be exactly as long as the slice; its cuts need not fall on ours."""
-        spans = self._spans(blocks, parts)
-        if _scattered(spans):
-            whole = stream[0] if len(stream) == 1 else np.concatenate(stream)
-            at = 0
-            for part in parts:
-                end = at + len(blocks) * int(part[2])
-                self._rows(part)[blocks] = whole[at:end].reshape(len(blocks), -1)
-                at = end
+    def store(self, blocks: Blocks, parts: Sequence[Part], stream: Iterable[Buffer]) -> None:
+        """Write a stream piece by piece as it comes; its cuts need not fall on ours.
+
+        Raises RemoteProtocolError when it is shorter or longer than the slice, having written nothing outside of it.
+        """
+        segments = self._segments(blocks, parts)
+        if segments is not None:
+            _fill(segments, stream)
             return
-        pieces = iter(stream)
-        piece = next(pieces)
-        for segment in self._views(spans):
-            done = 0
-            while done < len(segment):
-                while not len(piece):
-                    piece = next(pieces)
-                size = min(len(piece), len(segment) - done)
-                segment[done : done + size] = piece[:size]
-                piece = piece[size:]
-                done += size
+        whole = _empty(blocks, parts)
+        _fill([whole], stream)
+        for rows, piece in self._rows(blocks, parts, whole):
+            rows[blocks] = piece
 
-    def _spans(self, blocks: Blocks, parts: Parts) -> Spans:
-        """Columns (region, first byte, end byte) in stream order, neighbours in memory merged."""
-        grid, offset, size = parts.T
-        starts = (self._offset[grid] + offset)[:, None] + blocks.astype(np.int64)[None, :] * self._stride[grid][:, None]
-        starts = starts.reshape(-1)
-        ends = starts + np.repeat(size, len(blocks))
-        region = np.repeat(self._region[grid], len(blocks))
-        apart = np.flatnonzero((starts[1:] != ends[:-1]) | (region[1:] != region[:-1])) + 1
-        first = np.concatenate(([0], apart))
-        last = np.concatenate((apart, [len(starts)])) - 1
-        return np.stack((region[first], starts[first], ends[last]), axis=1)
+    def _segments(self, blocks: Blocks, parts: Sequence[Part]) -> list[Buffer] | None:
+        """Views in stream order, neighbours in memory merged; None when they are small on average."""
+        ids = blocks.astype(np.int64)
+        if len(parts) == 1:
+            grid, offset, size = parts[0]
+            starts = ids * self._grids[grid].block_stride + (self._base[grid] + offset)
+            ends = starts + size
+        else:
+            table = np.array([(self._base[g] + offset, self._grids[g].block_stride, size) for g, offset, size in parts])
+            starts = (ids * table[:, 1:2] + table[:, :1]).reshape(-1)
+            ends = starts + np.repeat(table[:, 2], len(ids))
+        apart = np.flatnonzero(starts[1:] != ends[:-1])
+        count = len(apart) + 1
+        if len(blocks) * sum(size for _, _, size in parts) < count * GATHER_BELOW:
+            return None
+        if count < len(starts):
+            starts, ends = np.append(starts[:1], starts[apart + 1]), np.append(ends[apart], ends[-1:])
+        views = []
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            region = bisect_right(self._first, start) - 1
+            first = self._first[region]
+            views.append(self._bytes[region][start - first : end - first])
+        return views
 
-    def _views(self, spans: Spans) -> list[Buffer]:
-        return [self._bytes[region][start:end] for region, start, end in spans.tolist()]
+    def _rows(
+        self, blocks: Blocks, parts: Iterable[Part], stream: Buffer
+    ) -> Iterable[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Per part: its bytes in all blocks of the grid, shape (grid blocks, bytes), and its share of the stream."""
+        at = 0
+        for index, offset, size in parts:
+            ref = self._refs[index]
+            base = self._bytes[ref.region][ref.grid.offset :]
+            whole = as_strided(base, (ref.grid.num_blocks, ref.grid.block_bytes), (ref.grid.block_stride, 1))
+            end = at + len(blocks) * size
+            yield whole[:, offset : offset + size], stream[at:end].reshape(len(blocks), size)
+            at = end
 
-    def _rows(self, part: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """Shape (blocks of the grid, bytes of the part)."""
-        grid, offset, size = part.tolist()
-        shape = (int(self._num_blocks[grid]), int(self._block_bytes[grid]))
-        base = self._bytes[int(self._region[grid])][int(self._offset[grid]) :]
-        return as_strided(base, shape, (int(self._stride[grid]), 1))[:, offset : offset + size]
+
+def _empty(blocks: Blocks, parts: Iterable[Part]) -> Buffer:
+    return np.empty(len(blocks) * sum(size for _, _, size in parts), np.uint8)
 
 
-def _scattered(spans: Spans) -> bool:
-    return bool((spans[:, 2] - spans[:, 1]).mean() < GATHER_BELOW)
+def _fill(targets: Iterable[Buffer], stream: Iterable[Buffer]) -> None:
+    left = iter(targets)
+    target = next(left)
+    for piece in stream:
+        while len(piece):
+            if not len(target):
+                try:
+                    target = next(left)
+                except StopIteration:
+                    raise RemoteProtocolError(f"a slice came with at least {len(piece)} bytes too many") from None
+            size = min(len(piece), len(target))
+            target[:size] = piece[:size]
+            piece, target = piece[size:], target[size:]
+    missing = len(target) + sum(map(len, left))
+    if missing:
+        raise RemoteProtocolError(f"a slice came {missing} bytes short")

@@ -176,10 +176,10 @@ class InprocTransport(Transport):
         if owner is None:
             return Status.PEER_LOST, f"peer {read.peer} is closed"
         memory = owner._memory
-        fault = memory.fault(piece.src_blocks, piece.src_parts)
+        fault = memory.fault(int(piece.src_blocks.max()), piece.src_parts)
         if fault is not None:
             return Status.ERROR, f"peer {read.peer} refuses the read: {fault}"
-        groups = memory.groups[piece.src_parts[:, 0]]
+        groups = memory.groups(piece.src_parts)
         refusal = owner._grants.refusal(read.lease, read.capability, groups, piece.src_blocks)
         if refusal is not None:
             return Status.NOT_GRANTED, refusal

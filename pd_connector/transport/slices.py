@@ -1,7 +1,10 @@
 """A read cut into slices: what one request asks for, small enough that cancel, fence and other reads never wait long.
 
-A slice is block ids × *parts*; a part is a row (grid, byte offset in the block, bytes). Its byte stream runs part by
-part, within a part block by block: both sides expand it alike, so no descriptor per chunk ever travels.
+A slice is block ids × *parts*; a part is (grid, byte offset in the block, bytes). Its byte stream runs part by part,
+within a part block by block: both sides expand it alike, so no descriptor per chunk ever travels.
+
+A slice is handled while its bytes wash everything else out of the caches, where a numpy call costs tens of
+microseconds. Hence plain tuples for parts, of which there are few, and arrays only for blocks and chunks.
 """
 
 from __future__ import annotations
@@ -17,22 +20,20 @@ from pd_connector.plan import CopyPlan
 SLICE_BYTES = 4 << 20
 SLICE_CHUNKS = 8192
 """Bound on blocks × parts of one slice."""
+SLICE_PARTS = 1024
 
 Blocks = npt.NDArray[np.uint32]
-Parts = npt.NDArray[np.int64]
-"""Shape (n, 3), columns: grid in canonical order, byte offset within the block, bytes."""
+Part = tuple[int, int, int]
+"""Grid in canonical order, byte offset within the block, bytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
     src_blocks: Blocks
     dst_blocks: Blocks
-    src_parts: Parts
-    dst_parts: Parts
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.src_blocks) * int(self.src_parts[:, 2].sum())
+    src_parts: tuple[Part, ...]
+    dst_parts: tuple[Part, ...]
+    num_bytes: int
 
 
 def expand(first: Blocks, counts: Blocks) -> Blocks:
@@ -44,49 +45,39 @@ def expand(first: Blocks, counts: Blocks) -> Blocks:
     return (np.repeat(first.astype(np.int64), counts) + steps).astype(np.uint32)
 
 
-def compact(blocks: Blocks) -> Blocks:
-    """The reverse of ``expand``: shape (n, 2), columns first id and count."""
-    if not len(blocks):
-        return np.zeros((0, 2), np.uint32)
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(blocks.astype(np.int64)) != 1) + 1))
-    counts = np.diff(np.concatenate((starts, [len(blocks)])))
-    return np.stack((blocks[starts], counts), axis=1).astype(np.uint32)
-
-
 def cut(plan: CopyPlan) -> Iterator[Slice]:
-    """Slices of at most SLICE_BYTES and SLICE_CHUNKS each, in pattern order, lazily."""
+    """Slices within the three bounds above, in pattern order, lazily."""
     src, dst = (expand(plan.runs[:, side], plan.runs[:, 2]) for side in (0, 1))
-    src_parts = np.array([(p.src_grid, p.src_offset, p.run_bytes) for p in plan.patterns], np.int64).reshape(-1, 3)
-    dst_parts = np.array([(p.dst_grid, p.dst_offset, p.run_bytes) for p in plan.patterns], np.int64).reshape(-1, 3)
+    src_parts = tuple((p.src_grid, p.src_offset, p.run_bytes) for p in plan.patterns)
+    dst_parts = tuple((p.dst_grid, p.dst_offset, p.run_bytes) for p in plan.patterns)
     blocks, index = len(src), 0
     while blocks and index < len(src_parts):
-        run = int(src_parts[index, 2])
-        fit = min(SLICE_BYTES // run, SLICE_CHUNKS)  # blocks of this part in one slice
+        size = src_parts[index][2]
+        fit = min(SLICE_BYTES // size, SLICE_CHUNKS)  # blocks of this part in one slice
         if fit == 0:
             yield from _cut_blocks(src, dst, src_parts[index], dst_parts[index])
             index += 1
         elif fit < blocks:
+            parts = src_parts[index : index + 1], dst_parts[index : index + 1]
             for at in range(0, blocks, fit):
-                one = slice(index, index + 1)
-                yield Slice(src[at : at + fit], dst[at : at + fit], src_parts[one], dst_parts[one])
+                some = src[at : at + fit], dst[at : at + fit]
+                yield Slice(*some, *parts, len(some[0]) * size)
             index += 1
         else:
-            sizes = np.cumsum(src_parts[index : index + SLICE_CHUNKS // blocks, 2]) * blocks
-            some = slice(index, index + max(1, int(np.searchsorted(sizes, SLICE_BYTES, side="right"))))
-            yield Slice(src, dst, src_parts[some], dst_parts[some])
-            index = some.stop
+            stop, total = index, 0
+            most = index + min(SLICE_PARTS, SLICE_CHUNKS // blocks)
+            while stop < min(len(src_parts), most) and total + blocks * src_parts[stop][2] <= SLICE_BYTES:
+                total += blocks * src_parts[stop][2]
+                stop += 1
+            yield Slice(src, dst, src_parts[index:stop], dst_parts[index:stop], total)
+            index = stop
 
 
-def _cut_blocks(
-    src: Blocks, dst: Blocks, src_part: npt.NDArray[np.int64], dst_part: npt.NDArray[np.int64]
-) -> Iterator[Slice]:
+def _cut_blocks(src: Blocks, dst: Blocks, src_part: Part, dst_part: Part) -> Iterator[Slice]:
     """A part so large that one block of it takes several slices."""
     for at in range(len(src)):
-        for offset in range(0, int(src_part[2]), SLICE_BYTES):
-            size = min(SLICE_BYTES, int(src_part[2]) - offset)
-            yield Slice(
-                src[at : at + 1],
-                dst[at : at + 1],
-                np.array([[src_part[0], src_part[1] + offset, size]], np.int64),
-                np.array([[dst_part[0], dst_part[1] + offset, size]], np.int64),
-            )
+        for offset in range(0, src_part[2], SLICE_BYTES):
+            size = min(SLICE_BYTES, src_part[2] - offset)
+            source = (src_part[0], src_part[1] + offset, size)
+            target = (dst_part[0], dst_part[1] + offset, size)
+            yield Slice(src[at : at + 1], dst[at : at + 1], (source,), (target,), size)

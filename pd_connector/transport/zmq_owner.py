@@ -83,11 +83,11 @@ class Owner:
 
     def _answer(self, peer: bytes, request: Request) -> None:
         memory = self.memory
-        fault = memory.fault(request.blocks, request.parts)
+        fault = memory.fault(int(request.blocks.max()), request.parts)
         if fault is not None:
             self._refuse(peer, request, Code.REFUSED, fault)
             return
-        groups = memory.groups[request.parts[:, 0]]
+        groups = memory.groups(request.parts)
         refusal = self._grants.refusal(request.lease, request.capability, groups, request.blocks)
         if refusal is not None:
             self._refuse(peer, request, Code.NOT_GRANTED, refusal)

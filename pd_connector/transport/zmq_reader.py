@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import LeaseId, PeerId, Status
-from pd_connector.transport.hostmem import HostMemory
+from pd_connector.transport.hostmem import Buffer, HostMemory
 from pd_connector.transport.slices import Slice, cut
 from pd_connector.transport.tags import TagBook
 from pd_connector.transport.zmq_owner import set_heartbeat
@@ -171,19 +171,21 @@ class Reader:
     def _on_answer(self, peer: _Peer, link: _Link) -> None:
         """One message per turn, so that commands wait for one slice at most."""
         try:
-            head, *frames = link.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            head = link.socket.recv(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return
+        frames = _rest(link.socket, head)
         try:
             answer = decode_answer(head.buffer)
             if isinstance(answer, Pong):
                 self._on_pong(peer, link, answer)
             else:
-                self._on_slice(link, answer, [np.frombuffer(frame.buffer, np.uint8) for frame in frames])
+                self._on_slice(link, answer, frames)
+            for _ in frames:
+                pass  # of a read that has ended
         except RemoteProtocolError as error:
             self.counters["malformed_answers"] += 1
             self._lose(peer, Status.ERROR, f"peer {peer.id} broke the protocol: {error}")
-            return
         if peer.link is link:
             self._pump(peer)
 
@@ -196,7 +198,7 @@ class Reader:
             self._tags.finish(peer.connect_tag, Status.DONE)
             peer.connect_tag = None
 
-    def _on_slice(self, link: _Link, answer: Answer, frames: list[np.ndarray[tuple[int], np.dtype[np.uint8]]]) -> None:
+    def _on_slice(self, link: _Link, answer: Answer, frames: Iterator[Buffer]) -> None:
         if answer.serial >= link.next_serial:
             raise RemoteProtocolError(f"an answer to slice {answer.serial}, which nobody asked for")
         if answer.serial not in link.pending:
@@ -206,18 +208,14 @@ class Reader:
         link.in_flight -= piece.num_bytes
         if not read.open:
             return
-        size = sum(map(len, frames))
         if answer.code is not Code.OK:
             self._end(read, _STATUS[answer.code], f"peer {read.peer} refused the read: {answer.detail}")
-        elif size != piece.num_bytes:
-            self.counters["malformed_answers"] += 1
-            self._end(read, Status.ERROR, f"peer {read.peer} sent {size} bytes for a slice of {piece.num_bytes}")
-        else:
-            read.memory.store(piece.dst_blocks, piece.dst_parts, frames)
-            self.counters["bytes_read"] += size
-            read.left -= size
-            if not read.left:
-                self._end(read, Status.DONE, "")
+            return
+        read.memory.store(piece.dst_blocks, piece.dst_parts, frames)
+        self.counters["bytes_read"] += piece.num_bytes
+        read.left -= piece.num_bytes
+        if not read.left:
+            self._end(read, Status.DONE, "")
 
     def _on_monitor(self, peer: _Peer, link: _Link) -> None:
         try:
@@ -297,3 +295,12 @@ class Reader:
         link.socket.disable_monitor()
         link.monitor.close(linger=0)
         link.socket.close(linger=0)
+
+
+def _rest(socket: zmq.Socket[bytes], head: zmq.Frame) -> Iterator[Buffer]:
+    """The frames after the first, received one at a time: each is copied and freed while the caches still hold it."""
+    more = head.more
+    while more:
+        frame = socket.recv(zmq.NOBLOCK, copy=False)
+        more = frame.more
+        yield np.frombuffer(frame.buffer, np.uint8)

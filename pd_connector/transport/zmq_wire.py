@@ -1,7 +1,7 @@
 """Messages of the zmq transport: one MessagePack array each, bulk as frames after it.
 
     reader → owner   Ping
-                     Read, block runs (<u4, n×2: first id, count), parts (<i8, n×3: grid, offset, bytes)
+                     Read, block ids (<u4)
     owner → reader   Pong
                      Answer, then frames of block memory when its status is OK
 
@@ -22,14 +22,15 @@ from msgspec import Meta
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.transport.base import LeaseId
 from pd_connector.transport.grants import MAX_CAPABILITY_BYTES
-from pd_connector.transport.slices import SLICE_BYTES, SLICE_CHUNKS, Blocks, Parts, compact, expand
+from pd_connector.transport.slices import SLICE_BYTES, SLICE_CHUNKS, SLICE_PARTS, Blocks, Part
 
 VERSION = 1
-MAX_REQUEST_FRAME = SLICE_CHUNKS * 24 + 1024
+MAX_REQUEST_FRAME = max(SLICE_CHUNKS * 4, SLICE_PARTS * 32) + 1024
 MAX_ANSWER_FRAME = SLICE_BYTES + 1024
 MAX_DETAIL = 256
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Size = Annotated[int, Meta(ge=1, le=SLICE_BYTES)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
@@ -56,6 +57,7 @@ class Read(msgspec.Struct, frozen=True, array_like=True, tag=2):
     lease: Count
     epoch: Count
     capability: Annotated[bytes, Meta(max_length=MAX_CAPABILITY_BYTES)]
+    parts: Annotated[tuple[tuple[Count, Count, Size], ...], Meta(min_length=1, max_length=SLICE_PARTS)]
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -75,7 +77,7 @@ class Request:
     lease: LeaseId
     capability: bytes
     blocks: Blocks
-    parts: Parts
+    parts: tuple[Part, ...]
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -88,14 +90,13 @@ def encode(message: Ping | Read | Pong | Answer) -> bytes:
 
 
 def encode_request(request: Request) -> list[bytes]:
-    head = Read(request.serial, request.lease.number, request.lease.epoch, request.capability)
-    runs, parts = compact(request.blocks).astype("<u4"), request.parts.astype("<i8")
-    return [_encoder.encode(head), runs.tobytes(), parts.tobytes()]
+    head = Read(request.serial, request.lease.number, request.lease.epoch, request.capability, request.parts)
+    return [_encoder.encode(head), request.blocks.astype("<u4", copy=False).tobytes()]
 
 
 def decode_request(frames: Sequence[bytes]) -> Ping | Request:
     """Bounds first, then expansion. Raises RemoteProtocolError; addresses are left to HostMemory to check."""
-    if not 1 <= len(frames) <= 3:
+    if len(frames) not in (1, 2):
         raise RemoteProtocolError(f"a request of {len(frames)} frames")
     try:
         head = _to_owner.decode(frames[0])
@@ -103,19 +104,13 @@ def decode_request(frames: Sequence[bytes]) -> Ping | Request:
         raise RemoteProtocolError(f"not a request: {error}") from error
     if isinstance(head, Ping):
         return head
-    if len(frames) != 3 or len(frames[1]) % 8 or len(frames[2]) % 24:
-        raise RemoteProtocolError("a read request without whole block runs and parts")
-    runs = np.frombuffer(frames[1], "<u4").reshape(-1, 2).astype(np.uint32)
-    parts = np.frombuffer(frames[2], "<i8").reshape(-1, 3).astype(np.int64)
-    if not len(runs) or not len(parts) or parts.min() < 0 or parts[:, 2].max() > SLICE_BYTES:
-        raise RemoteProtocolError("a read request for nothing, or with an impossible part")
-    first, counts = runs[:, 0], runs[:, 1]
-    blocks = int(counts.sum(dtype=np.uint64))
-    if blocks * len(parts) > SLICE_CHUNKS or blocks * int(parts[:, 2].sum()) > SLICE_BYTES:
+    if len(frames) != 2 or not frames[1] or len(frames[1]) % 4:
+        raise RemoteProtocolError("a read request without whole block ids")
+    blocks = len(frames[1]) // 4
+    if blocks * len(head.parts) > SLICE_CHUNKS or blocks * sum(size for _, _, size in head.parts) > SLICE_BYTES:
         raise RemoteProtocolError(f"a read request beyond {SLICE_BYTES} bytes or {SLICE_CHUNKS} chunks")
-    if int(counts.min()) < 1 or int((first.astype(np.int64) + counts).max()) > 2**32:
-        raise RemoteProtocolError("a read request with an impossible run of blocks")
-    return Request(head.serial, LeaseId(head.lease, head.epoch), head.capability, expand(first, counts), parts)
+    ids = np.frombuffer(frames[1], "<u4").astype(np.uint32, copy=False)
+    return Request(head.serial, LeaseId(head.lease, head.epoch), head.capability, ids, head.parts)
 
 
 def decode_answer(frame: bytes | memoryview) -> Pong | Answer:
