@@ -16,7 +16,6 @@ from typing import Any
 
 from pd_connector.errors import LocalProtocolError
 
-
 _MADV_POPULATE_WRITE = 23
 
 

@@ -6,8 +6,8 @@ Nothing here waits: the agent runs in a portal, its notes come back through a qu
 from __future__ import annotations
 
 import logging
-import time
 import secrets
+import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
