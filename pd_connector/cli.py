@@ -1,0 +1,164 @@
+"""``pdc``: the command line. Every subcommand imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pd_connector.config import Config, parse
+from pd_connector.errors import ConfigError, PDError
+
+COULD_NOT_RUN = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status; 2 with one line on stderr when it could not run."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except PDError as error:
+        # Some messages end with the tail of a log; here an error is always one line.
+        print(f"pdc {arguments.command}: {' | '.join(str(error).splitlines())}", file=sys.stderr)
+        return COULD_NOT_RUN
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pdc", description="KV-cache transfer for prefill/decode disaggregation")
+    parser.add_argument("--version", action="version", version=f"pdc {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_router(commands)
+    _add_keygen(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("pd-connector")
+    except PackageNotFoundError:
+        return "from a source tree that is not installed"
+
+
+# --- router -----------------------------------------------------------------------------------------------------------
+
+
+def _add_router(commands: Any) -> None:
+    words = "put prefill and decode instances behind one OpenAI-compatible address"
+    router = commands.add_parser("router", help=words, description=words)
+    router.add_argument("--prefill", nargs="+", required=True, metavar="URL", help="such as http://10.0.0.1:8100")
+    router.add_argument("--decode", nargs="+", required=True, metavar="URL")
+    router.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    router.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    router.add_argument("--api-key-file", type=Path, metavar="FILE", help="clients must send its content as bearer key")
+    router.add_argument("--insecure", action="store_true", help="listen on any address without an API key")
+    router.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON settings of its side channel to the instances: public_key, secret_key, allowed_keys, ...",
+    )
+    router.set_defaults(run=_router)
+
+
+def _router(arguments: argparse.Namespace) -> int:
+    _require_router()
+    if not 0 <= arguments.port <= 65535:
+        raise ConfigError(f"--port {arguments.port} is not a port; choose 0 to 65535")
+    api_key = None if arguments.api_key_file is None else _read(arguments.api_key_file, "--api-key-file").strip()
+    config = Config() if arguments.config is None else _agent_config(arguments.config)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Not asyncio's own SIGINT handling, which cancels: uvicorn drains at either signal and raises it again afterwards,
+    # and then the side channel must still send the last releases.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(arguments, config, api_key))
+    return 0
+
+
+async def _serve(arguments: argparse.Namespace, config: Config, api_key: str | None) -> None:
+    from pd_connector.router import AgentReleaser, serve
+    from pd_connector.runtime.agent import Agent
+
+    def listening(port: int) -> None:
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"router listens on http://{host}:{port}", flush=True)
+
+    async with Agent(config) as agent:
+        await serve(
+            arguments.prefill,
+            arguments.decode,
+            releaser=AgentReleaser(agent),
+            host=arguments.host,
+            port=arguments.port,
+            api_key=api_key,
+            insecure=arguments.insecure,
+            on_ready=listening,
+        )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _require_router() -> None:
+    try:
+        import pd_connector.router  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the router needs {error.name!r}: pip install 'pd-connector[router]'") from None
+
+
+def _agent_config(path: Path) -> Config:
+    try:
+        settings = json.loads(_read(path, "--config"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config {path}: not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f'--config {path}: write one JSON object, such as {{"port": 0}}')
+    return parse(settings, f"--config {path}")
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read: {error}") from None
+
+
+# --- keygen -----------------------------------------------------------------------------------------------------------
+
+
+def _add_keygen(commands: Any) -> None:
+    words = "make a CURVE key pair for the side channel"
+    keygen = commands.add_parser("keygen", help=words, description=words)
+    keygen.add_argument("--json", action="store_true", help="as one JSON object, ready for a config")
+    keygen.set_defaults(run=_keygen)
+
+
+def _keygen(arguments: argparse.Namespace) -> int:
+    import zmq
+
+    if not zmq.has("curve"):
+        raise ConfigError("this libzmq was built without CURVE; install a pyzmq wheel, which has it")
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    if arguments.json:
+        print(json.dumps({"public_key": public, "secret_key": secret}))
+    else:
+        print(f"public_key {public}\nsecret_key {secret}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
