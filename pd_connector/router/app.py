@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import signal
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -197,7 +199,25 @@ async def serve(
         raise ConfigError(f"the router cannot listen on {host}:{port}: {error}; choose another host or port") from None
     if on_ready is not None:
         on_ready(int(listener.getsockname()[1]))
-    await uvicorn.Server(config).serve(sockets=[listener])
+    await _Server(config).serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Returns from ``serve`` after a signal. uvicorn itself raises it again, and the caller could not clean up."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
 
 def _is_loopback(host: str) -> bool:

@@ -120,7 +120,7 @@ async def test_a_client_that_takes_no_bytes_is_given_up(world: World):
 
 
 async def test_many_that_leave_at_random_stages_leave_nothing_behind(world: World):
-    await world.start(prefill=2, decode=2, abandon_grace_s=0.1)
+    await world.start(prefill=2, decode=2)
     for instance in world.prefill:
         instance.act = upstreams.slow(0.05, upstreams.prefill)
     for instance in world.decode:

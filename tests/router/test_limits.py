@@ -203,7 +203,7 @@ async def test_a_router_process_serves_and_ends_on_sigterm(world: World, drains:
             assert (await response.json())["choices"][0]["text"].endswith("end>")
             if not drains:
                 process.send_signal(signal.SIGTERM)
-            await process.wait()
+            assert await process.wait() == 0, "serve returned, so that its caller could clean up"
     finally:
         if process.returncode is None:
             process.kill()
