@@ -276,7 +276,7 @@ class FaultyTransport(Transport):
         self._start(tag, "connect", peer, lambda inner_tag: self.inner.connect(peer, remote, inner_tag))
 
     def disconnect(self, peer: PeerId) -> None:
-        self._check_process()
+        self._check()
         with self._lock:
             self._end(lambda job: job.peer == peer and job.operation != "fence")
             self.inner.disconnect(peer)
@@ -290,7 +290,7 @@ class FaultyTransport(Transport):
         self._start(tag, "post_read", peer, post(plan), plan=plan, halves=[post(half) for half in halve(plan)])
 
     def cancel(self, tag: int) -> None:
-        self._check_process()
+        self._check()
         with self._lock:
             self._end(lambda job: job.tag == tag and job.operation == "post_read")
 
@@ -344,7 +344,7 @@ class FaultyTransport(Transport):
         plan: CopyPlan | None = None,
         halves: Sequence[Callable[[int], None]] = (),
     ) -> None:
-        self._check_process()
+        self._check()
         with self._lock:
             self._tags.open(tag)
             rule = self.script.match(operation)
@@ -487,6 +487,11 @@ class FaultyTransport(Transport):
                 f"transport 'faulty' of agent {self._agent} belongs to process {self._pid}, not to its fork "
                 f"{os.getpid()}: create an agent in the child"
             )
+
+    def _check(self) -> None:
+        self._check_process()
+        if self._stop.is_set():
+            raise LocalProtocolError(f"transport 'faulty' of agent {self._agent} is closed")
 
 
 def halve(plan: CopyPlan) -> list[CopyPlan]:

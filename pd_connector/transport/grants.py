@@ -17,6 +17,16 @@ MIN_CAPABILITY_BYTES = 16
 MAX_CAPABILITY_BYTES = 64
 
 
+def check_claim(lease: LeaseId, capability: bytes) -> None:
+    """Raises LocalProtocolError for what no owner can have granted (and no message can carry)."""
+    if not (0 <= lease.number < 2**63 and 0 <= lease.epoch < 2**63):
+        raise LocalProtocolError(f"{lease}: number and epoch must lie in 0..2**63-1")
+    if len(capability) > MAX_CAPABILITY_BYTES:
+        raise LocalProtocolError(
+            f"{lease}: a capability has at most {MAX_CAPABILITY_BYTES} bytes, got {len(capability)}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Grant:
     capability: bytes
@@ -32,13 +42,11 @@ class Grants:
         self._grants: dict[LeaseId, _Grant] = {}
 
     def add(self, lease: LeaseId, capability: bytes, blocks: LeasedBlocks) -> None:
-        if not MIN_CAPABILITY_BYTES <= len(capability) <= MAX_CAPABILITY_BYTES:
-            raise LocalProtocolError(
-                f"{lease}: a capability has {MIN_CAPABILITY_BYTES}..{MAX_CAPABILITY_BYTES} bytes, got {len(capability)}"
-            )
-        grant = _Grant(
-            bytes(capability), {group: np.unique(np.asarray(ids, np.uint32)) for group, ids in blocks.items()}
-        )
+        check_claim(lease, capability)
+        if len(capability) < MIN_CAPABILITY_BYTES:
+            raise LocalProtocolError(f"{lease}: a capability has at least {MIN_CAPABILITY_BYTES} bytes")
+        sets = {group: np.unique(np.asarray(ids, np.uint32)) for group, ids in blocks.items()}
+        grant = _Grant(bytes(capability), {group: np.append(ids, ids[:1]) for group, ids in sets.items() if len(ids)})
         with self._lock:
             self._grants[lease] = grant
 

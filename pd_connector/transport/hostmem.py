@@ -56,7 +56,8 @@ class HostMemory:
         return None
 
     def check_plan(self, plan: CopyPlan) -> None:
-        """Raises LocalProtocolError unless every destination byte of the plan lies in a block registered here."""
+        """Raises LocalProtocolError unless every destination byte of the plan lies in a block registered here and its
+        source is one that some owner could have."""
         runs = plan.runs
         if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.uint32:
             raise LocalProtocolError(f"runs must be uint32 of shape (n, 3), got {runs.dtype} of {runs.shape}")
@@ -64,6 +65,10 @@ class HostMemory:
             return
         if int(runs[:, 2].min()) < 1:
             raise LocalProtocolError("a run of a plan has no blocks")
+        if any(min(p.src_grid, p.src_offset) < 0 or max(p.src_grid, p.src_offset) >= 2**48 for p in plan.patterns):
+            raise LocalProtocolError("a pattern of the plan has an impossible source grid or offset")
+        if int((runs[:, 0].astype(np.int64) + runs[:, 2]).max()) > 2**32:
+            raise LocalProtocolError("a run of the plan ends beyond block 2**32-1 of its source")
         # The highest id is enough, and costs nothing like expanding a run of 2**32 blocks.
         last = int((runs[:, 1].astype(np.int64) + runs[:, 2]).max()) - 1
         fault = self.fault(last, [(p.dst_grid, p.dst_offset, p.run_bytes) for p in plan.patterns])

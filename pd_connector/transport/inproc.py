@@ -21,7 +21,7 @@ from pd_connector.errors import ConfigError, LocalProtocolError
 from pd_connector.memory import MemoryKind, Region
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
-from pd_connector.transport.grants import Grants
+from pd_connector.transport.grants import Grants, check_claim
 from pd_connector.transport.hostmem import HostMemory
 from pd_connector.transport.slices import Slice, cut
 from pd_connector.transport.tags import TagBook
@@ -116,6 +116,7 @@ class InprocTransport(Transport):
         self, peer: PeerId, lease: LeaseId, capability: bytes, plan: CopyPlan, tag: int, priority: int = 0
     ) -> None:
         with self._usable():
+            check_claim(lease, capability)
             self._memory.check_plan(plan)
             self._tags.open(tag)
             if peer not in self._peers:

@@ -24,7 +24,7 @@ from pd_connector.memory import MemoryKind, Region
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
 from pd_connector.transport.doorbell import Doorbell
-from pd_connector.transport.grants import Grants
+from pd_connector.transport.grants import Grants, check_claim
 from pd_connector.transport.hostmem import HostMemory
 from pd_connector.transport.tags import TagBook
 from pd_connector.transport.zmq_owner import Owner
@@ -141,6 +141,7 @@ class ZmqTransport(Transport):
     ) -> None:
         self._check()
         memory = self._memory
+        check_claim(lease, capability)
         memory.check_plan(plan)
         self._tags.open(tag)
         if plan.num_bytes:

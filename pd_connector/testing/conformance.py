@@ -1,0 +1,594 @@
+"""What every transport must do, as tests. A backend runs them all in a few lines::
+
+    class TestMine(TransportConformance):
+        def make(self, agent: str) -> Transport:
+            return MyTransport(agent, {})
+
+    class TestMineBetweenProcesses(ProcessConformance):
+        owner_spec = ("mine", {})  # the owner's name in the registry and its options, in a process of its own
+
+        def make(self, agent: str) -> Transport:
+            return MyTransport(agent, {})
+
+Needs pytest. Every wait has a deadline; nothing is asserted about speed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from pd_connector.errors import LocalProtocolError
+from pd_connector.plan import CopyPlan, Pattern, coalesce, plan_blocks
+from pd_connector.testing.arena import GEOMETRIES, POISON, Arena
+from pd_connector.testing.owner_process import LocalOwner, Owner, ProcessOwner
+from pd_connector.transport.base import Completion, LeaseId, Status, Transport
+
+DEADLINE_S = 20.0
+LEASE = LeaseId(7, 1)
+CAPABILITY = b"conformance-0123"
+PEER = "owner#1"
+SEED = 20240607
+
+
+class Pair:
+    """A reader and an owner with known memory; the reader is connected and holds a lease on every block."""
+
+    def __init__(self, reader: Transport, owner: Owner, geometry: str) -> None:
+        self.reader, self.owner = reader, owner
+        self.source = Arena(GEOMETRIES[geometry], SEED)
+        self.target = Arena(GEOMETRIES[geometry], SEED + 1)
+        self._next_tag = 1
+        self.ended: dict[int, Completion] = {}
+        reader.register(self.target.regions)
+        owner.grant(LEASE, CAPABILITY, self.all_blocks())
+        assert self.wait(self.connect()).status is Status.DONE
+
+    def all_blocks(self) -> dict[int, list[int]]:
+        return {ref.grid.group: list(range(ref.grid.num_blocks)) for ref in self.source.grids}
+
+    def tag(self) -> int:
+        self._next_tag += 1
+        return self._next_tag
+
+    def connect(self) -> int:
+        tag = self.tag()
+        self.reader.connect(PEER, self.owner.describe(), tag)
+        return tag
+
+    def fence(self) -> int:
+        tag = self.tag()
+        self.reader.fence(PEER, tag)
+        return tag
+
+    def read(self, plan: CopyPlan, *, lease: LeaseId = LEASE, capability: bytes = CAPABILITY, priority: int = 0) -> int:
+        tag = self.tag()
+        self.reader.post_read(PEER, lease, capability, plan, tag, priority)
+        return tag
+
+    def blocks(self, src: Sequence[int], dst: Sequence[int] | None = None, group: int = 0) -> CopyPlan:
+        return plan_blocks(self.target.grids, group, src, src if dst is None else dst)
+
+    def pump(self, timeout: float = 0.0) -> list[Completion]:
+        """Wait for the descriptor, then poll once. A second completion of a tag fails the test."""
+        select.select([self.reader.fileno()], [], [], timeout)
+        fresh = self.reader.poll(64)
+        for completion in fresh:
+            assert completion.tag not in self.ended, f"a second completion: {completion}"
+            self.ended[completion.tag] = completion
+        return fresh
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, f"not within {DEADLINE_S} s: {what}"
+            self.pump(0.05)
+
+    def wait(self, *tags: int) -> Completion:
+        """All these tags have ended; the last one's completion."""
+        self.until(lambda: all(tag in self.ended for tag in tags), f"completion of {tags}")
+        return self.ended[tags[-1]]
+
+    def settle(self) -> None:
+        """Whatever an earlier read could still bring has come: a whole read later, nothing more to poll."""
+        settled = self.wait(self.read(self.blocks([0])))
+        assert settled.status is Status.DONE, settled
+        while self.pump():
+            pass
+
+    def begun(self) -> bool:
+        """The first grid's first block is no longer all poison."""
+        return bool((self.target.chunk(self.target.arrays, 0, 0, 0, 64) != POISON).any())
+
+
+def random_plan(rng: random.Random, pair: Pair) -> CopyPlan:
+    """Scattered blocks; patterns between any two grids, at any offsets, of any size that fits both."""
+    grids = pair.target.grids
+    blocks = rng.randint(1, 48)
+    patterns = []
+    # Patterns with destinations of their own, so that the order of writes cannot matter.
+    for dst_grid in rng.sample(range(len(grids)), rng.randint(1, len(grids))):
+        src_grid = rng.randrange(len(grids))
+        src_size, dst_size = grids[src_grid].grid.block_bytes, grids[dst_grid].grid.block_bytes
+        whole = rng.random() < 0.4
+        size = min(src_size, dst_size) if whole else rng.randint(1, min(src_size, dst_size))
+        patterns.append(
+            Pattern(src_grid, dst_grid, rng.randint(0, src_size - size), rng.randint(0, dst_size - size), size)
+        )
+    if rng.random() < 0.3:
+        first = rng.randint(0, 48 - blocks)
+        return CopyPlan(coalesce(range(first, first + blocks), range(48 - blocks, 48)), tuple(patterns))
+    return CopyPlan(coalesce(rng.sample(range(48), blocks), rng.sample(range(48), blocks)), tuple(patterns))
+
+
+class TransportConformance:
+    """Reader and owner in one process."""
+
+    def make(self, agent: str) -> Transport:
+        """A fresh transport for an agent of this name."""
+        raise NotImplementedError
+
+    def make_owner(self, geometry: str) -> Owner:
+        return LocalOwner(self.make("owner"), geometry, SEED)
+
+    @pytest.fixture
+    def pairs(self) -> Iterator[Callable[[str], Pair]]:
+        """Makes connected pairs of a geometry and closes them in the end."""
+        closing: list[Any] = []
+
+        def build(geometry: str) -> Pair:
+            owner = self.make_owner(geometry)
+            closing.append(owner)
+            reader = self.make("reader")
+            closing.append(reader)
+            return Pair(reader, owner, geometry)
+
+        yield build
+        for each in reversed(closing):
+            each.close()
+
+    @pytest.fixture
+    def mixed(self, pairs: Callable[[str], Pair]) -> Pair:
+        return pairs("mixed")
+
+    @pytest.fixture
+    def big(self, pairs: Callable[[str], Pair]) -> Pair:
+        """64 blocks of 1 MiB, destination poisoned."""
+        pair = pairs("big")
+        pair.target.poison()
+        return pair
+
+    # Reach
+
+    def test_description_is_small_and_reachable(self, mixed: Pair) -> None:
+        assert len(mixed.owner.describe()) <= 1024
+        assert mixed.reader.can_reach(mixed.owner.describe()) is None
+
+    @pytest.mark.parametrize("remote", [b"", b"\xc1", b"\x93\x01\xa1x", b"[]" * 400, b"\xff" * 1024])
+    def test_a_strange_description_is_refused_in_words(self, mixed: Pair, remote: bytes) -> None:
+        reason = mixed.reader.can_reach(remote)
+        assert isinstance(reason, str)
+        assert len(reason) > 10
+        mixed.reader.connect("stranger", remote, tag := mixed.tag())
+        assert mixed.wait(tag).status in (Status.ERROR, Status.PEER_LOST)
+
+    def test_connecting_again_is_allowed(self, mixed: Pair) -> None:
+        assert mixed.wait(mixed.connect()).status is Status.DONE
+        mixed.settle()
+
+    # Bytes
+
+    def test_random_plans_are_byte_exact(self, mixed: Pair) -> None:
+        rng = random.Random(SEED)
+        for _ in range(60):
+            plan = random_plan(rng, mixed)
+            expected = mixed.target.expect(plan, mixed.source, mixed.target.arrays)
+            completion = mixed.wait(mixed.read(plan))
+            assert completion.status is Status.DONE, completion
+            assert mixed.target.same(expected), f"wrong bytes for {plan}"
+
+    def test_whole_blocks_of_each_group(self, mixed: Pair) -> None:
+        rng = random.Random(SEED)
+        for group in (0, 1):
+            plan = mixed.blocks(rng.sample(range(48), 33), rng.sample(range(48), 33), group)
+            expected = mixed.target.expect(plan, mixed.source, mixed.target.arrays)
+            assert mixed.wait(mixed.read(plan)).status is Status.DONE
+            assert mixed.target.same(expected)
+
+    def test_blocks_larger_than_any_slice(self, pairs: Callable[[str], Pair]) -> None:
+        pair = pairs("huge_blocks")
+        plan = pair.blocks([2, 0], [0, 1])
+        expected = pair.target.expect(plan, pair.source, pair.target.arrays)
+        assert pair.wait(pair.read(plan)).status is Status.DONE
+        assert pair.target.same(expected)
+
+    def test_many_reads_at_once(self, mixed: Pair) -> None:
+        rng = random.Random(SEED)
+        order = rng.sample(range(48), 48)
+        expected = mixed.target.snapshot()
+        tags = []
+        for index, (src, dst) in enumerate(zip(rng.sample(range(48), 48), order, strict=True)):
+            plan = mixed.blocks([src], [dst], index % 2)
+            expected = mixed.target.expect(plan, mixed.source, expected)
+            tags.append(mixed.read(plan, priority=index % 3 % 2))
+        mixed.wait(*tags)
+        assert {mixed.ended[tag].status for tag in tags} == {Status.DONE}
+        assert mixed.target.same(expected)
+
+    @pytest.mark.parametrize(
+        "plan", [CopyPlan(np.zeros((0, 3), np.uint32), (Pattern(0, 0, 0, 0, 1),)), CopyPlan(coalesce([0], [0]), ())]
+    )
+    def test_an_empty_plan_is_done(self, mixed: Pair, plan: CopyPlan) -> None:
+        before = mixed.target.snapshot()
+        assert mixed.wait(mixed.read(plan, lease=LeaseId(999, 9))).status is Status.DONE
+        assert mixed.target.same(before)
+
+    # The caller's mistakes
+
+    @pytest.mark.parametrize(
+        "plan",
+        [
+            CopyPlan(coalesce([0], [48]), (Pattern(0, 0, 0, 0, 1),)),
+            CopyPlan(coalesce([0], [2**32 - 1]), (Pattern(0, 0, 0, 0, 1),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(0, 7, 0, 0, 1),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(0, -1, 0, 0, 1),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 1, 4096),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, -1, 4),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 0),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(-1, 0, 0, 0, 1),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(0, 0, -1, 0, 1),)),
+            CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 2**70, 0, 1),)),
+            CopyPlan(np.array([[2**32 - 1, 0, 2]], np.uint32), (Pattern(0, 0, 0, 0, 1),)),
+            CopyPlan(np.array([[0, 0, 48], [0, 0, 1]], np.uint32), (Pattern(0, 0, 0, 0, 1),)),
+            CopyPlan(np.array([[0, 0, 2**32 - 1]], np.uint32), (Pattern(0, 0, 0, 0, 1),)),
+        ],
+    )
+    def test_a_plan_beyond_local_memory_is_refused_at_once(self, mixed: Pair, plan: CopyPlan) -> None:
+        before = mixed.target.snapshot()
+        with pytest.raises(LocalProtocolError):
+            mixed.read(plan)
+        mixed.settle()
+        assert mixed.target.same(mixed.target.expect(mixed.blocks([0]), mixed.source, before))
+
+    @pytest.mark.parametrize(
+        ("lease", "capability"),
+        [
+            (LeaseId(-1, 1), CAPABILITY),
+            (LeaseId(2**70, 1), CAPABILITY),
+            (LeaseId(1, -1), CAPABILITY),
+            (LEASE, b"x" * 65),
+        ],
+    )
+    def test_an_impossible_claim_is_refused_at_once(self, mixed: Pair, lease: LeaseId, capability: bytes) -> None:
+        with pytest.raises(LocalProtocolError):
+            mixed.read(mixed.blocks([0]), lease=lease, capability=capability)
+        mixed.settle()
+
+    def test_a_tag_in_use_is_refused_at_once(self, big: Pair) -> None:
+        tag = big.read(big.blocks(range(32)))
+        with pytest.raises(LocalProtocolError, match="tag"):
+            big.reader.post_read(PEER, LEASE, CAPABILITY, big.blocks([63]), tag)
+        assert big.wait(tag).status is Status.DONE
+
+    # Permission
+
+    def refused(self, pair: Pair, plan: CopyPlan, **asked: Any) -> Completion:
+        before = pair.target.snapshot()
+        completion = pair.wait(pair.read(plan, **asked))
+        assert pair.target.same(before), "a refused read wrote"
+        return completion
+
+    def test_only_the_lease_epoch_and_capability_granted_open_a_block(self, mixed: Pair) -> None:
+        plan = mixed.blocks([1, 2])
+        for asked in (
+            {"lease": LeaseId(8, 1)},
+            {"lease": LeaseId(7, 2)},
+            {"capability": b"conformance-0124"},
+            {"capability": b""},
+            {"capability": CAPABILITY + b"\0"},
+        ):
+            completion = self.refused(mixed, plan, **asked)
+            assert completion.status is Status.NOT_GRANTED, asked
+            assert completion.detail
+        mixed.settle()
+
+    def test_only_leased_blocks_are_readable(self, mixed: Pair) -> None:
+        lease = LeaseId(8, 1)
+        mixed.owner.grant(lease, CAPABILITY, {0: [3, 4, 9], 1: []})
+        assert mixed.wait(mixed.read(mixed.blocks([3, 4, 9]), lease=lease)).status is Status.DONE
+        for blocks, group in (([5], 0), ([3, 4, 5], 0), ([10], 0), ([2, 3], 0), ([47], 0), ([3], 1)):
+            completion = self.refused(mixed, mixed.blocks(blocks, None, group), lease=lease)
+            assert completion.status is Status.NOT_GRANTED, blocks
+
+    def test_a_wrong_capability_and_a_foreign_block_look_alike(self, mixed: Pair) -> None:
+        lease = LeaseId(8, 1)
+        mixed.owner.grant(lease, CAPABILITY, {0: [3]})
+        foreign = self.refused(mixed, mixed.blocks([4]), lease=lease)
+        forged = self.refused(mixed, mixed.blocks([3]), lease=lease, capability=b"x" * 16)
+        assert (foreign.status, foreign.detail) == (forged.status, forged.detail)
+
+    def test_revoke_ends_the_lease_and_only_that(self, mixed: Pair) -> None:
+        mixed.owner.grant(LeaseId(8, 1), CAPABILITY, {0: [3]})
+        mixed.owner.revoke(LEASE)
+        assert self.refused(mixed, mixed.blocks([3])).status is Status.NOT_GRANTED
+        assert mixed.wait(mixed.read(mixed.blocks([3]), lease=LeaseId(8, 1))).status is Status.DONE
+        mixed.owner.revoke(LeaseId(404, 1))
+        mixed.owner.grant(LEASE, CAPABILITY, mixed.all_blocks())
+        mixed.settle()
+
+    def test_revoke_in_the_middle_ends_the_read_once(self, big: Pair) -> None:
+        tag = big.read(big.blocks(range(63)))
+        big.until(big.begun, "first bytes")
+        big.owner.revoke(LEASE)
+        assert big.wait(tag).status in (Status.DONE, Status.NOT_GRANTED)
+
+    @pytest.mark.parametrize("capability", [b"", b"short", b"x" * 65])
+    def test_a_capability_of_odd_size_is_not_granted(self, mixed: Pair, capability: bytes) -> None:
+        with pytest.raises(LocalProtocolError):
+            mixed.reader.grant(LeaseId(1, 1), capability, {0: np.zeros(1, np.uint32)})
+
+    @pytest.mark.parametrize(
+        "pattern",
+        [Pattern(7, 0, 0, 0, 1), Pattern(0, 0, 4095, 0, 2), Pattern(5, 0, 0, 0, 4096)],
+    )
+    def test_a_source_that_does_not_exist_is_an_error(self, mixed: Pair, pattern: Pattern) -> None:
+        completion = self.refused(mixed, CopyPlan(coalesce([1], [1]), (pattern,)))
+        assert completion.status is Status.ERROR, completion
+
+    def test_a_source_block_that_does_not_exist_is_refused(self, mixed: Pair) -> None:
+        for block in (48, 2**31, 2**32 - 1):
+            completion = self.refused(mixed, CopyPlan(coalesce([block], [1]), (Pattern(0, 0, 0, 0, 8),)))
+            assert completion.status in (Status.ERROR, Status.NOT_GRANTED)
+
+    # Ending
+
+    def ends_quietly(self, pair: Pair, end: Callable[[int], None]) -> None:
+        """``end`` in the middle of a read of most of the memory: CANCELLED, and not a byte written after that."""
+        for _ in range(10):
+            pair.target.poison()
+            tag = pair.read(pair.blocks(range(1, 64), [*range(63)]))
+            pair.until(pair.begun, "first bytes")
+            end(tag)
+            if pair.wait(tag).status is Status.CANCELLED:
+                break
+        else:
+            pytest.fail("every read ended before it could be cancelled")
+        pair.target.poison()
+        pair.settle()
+        expected = Arena(GEOMETRIES["big"], SEED)
+        expected.poison()
+        assert pair.target.same(pair.target.expect(pair.blocks([0]), pair.source, expected.arrays))
+
+    def test_cancel_in_the_middle(self, big: Pair) -> None:
+        self.ends_quietly(big, big.reader.cancel)
+
+    def test_fence_in_the_middle(self, big: Pair) -> None:
+        fences: list[int] = []
+
+        def fence(tag: int) -> None:
+            fences.append(big.fence())
+            assert big.wait(fences[-1]).status is Status.DONE
+            assert tag in big.ended, "the fence was done before the read ended"
+
+        self.ends_quietly(big, fence)
+
+    def test_disconnect_in_the_middle(self, big: Pair) -> None:
+        def disconnect(tag: int) -> None:
+            big.reader.disconnect(PEER)
+            big.wait(tag)
+            assert big.wait(big.connect()).status is Status.DONE
+
+        self.ends_quietly(big, disconnect)
+
+    def test_cancel_at_once_and_after(self, big: Pair) -> None:
+        first, second = big.read(big.blocks([1])), big.read(big.blocks([2]))
+        big.reader.cancel(first)
+        assert big.wait(first).status in (Status.CANCELLED, Status.DONE)
+        assert big.wait(second).status is Status.DONE
+        for tag in (first, second, 10**9):
+            big.reader.cancel(tag)
+        big.settle()
+
+    def test_cancel_ends_only_its_read(self, big: Pair) -> None:
+        victim, other = big.read(big.blocks(range(40))), big.read(big.blocks(range(40, 63)))
+        big.reader.cancel(victim)
+        assert big.wait(victim, other).status is Status.DONE
+
+    def test_fence_with_nothing_to_end(self, mixed: Pair) -> None:
+        assert mixed.wait(mixed.fence()).status is Status.DONE
+        mixed.settle()
+        mixed.reader.fence("nobody", tag := mixed.tag())
+        assert mixed.wait(tag).status is Status.DONE
+
+    def test_a_peer_that_is_not_connected_is_lost(self, mixed: Pair) -> None:
+        mixed.reader.disconnect(PEER)
+        assert mixed.wait(mixed.read(mixed.blocks([0]))).status is Status.PEER_LOST
+        assert mixed.wait(mixed.connect()).status is Status.DONE
+        mixed.settle()
+        mixed.reader.disconnect("nobody")
+
+    def test_close_with_reads_posted(self, big: Pair) -> None:
+        big.read(big.blocks(range(63)))
+        big.until(big.begun, "first bytes")
+        big.reader.close()
+        big.target.poison()
+        before = big.target.snapshot()
+        big.reader.close()
+        assert big.reader.poll(8) == []
+        assert big.target.same(before)
+        for refused in self.calls(big.reader):
+            with pytest.raises(LocalProtocolError):
+                refused()
+
+    def test_the_owner_closes_in_the_middle(self, big: Pair) -> None:
+        tag = big.read(big.blocks(range(63)))
+        big.until(big.begun, "first bytes")
+        big.owner.close()
+        assert big.wait(tag).status in (Status.PEER_LOST, Status.DONE)
+        assert big.wait(big.read(big.blocks([0]))).status is Status.PEER_LOST
+
+    def test_nobody_at_the_address(self, mixed: Pair) -> None:
+        """Such a connect ends by itself or when the caller's patience does, but it ends, once."""
+        mixed.owner.close()
+        tag = mixed.connect()
+        end = time.monotonic() + 2.0
+        while tag not in mixed.ended and time.monotonic() < end:
+            mixed.pump(0.1)
+        mixed.reader.disconnect(PEER)
+        assert mixed.wait(tag).status in (Status.PEER_LOST, Status.CANCELLED, Status.ERROR)
+
+    # Fairness
+
+    def test_a_small_read_passes_a_big_one(self, big: Pair) -> None:
+        large = big.read(big.blocks(range(63)))
+        small = big.read(big.blocks([63]))
+        big.wait(small)
+        assert large not in big.ended, "1 MiB waited for 63 MiB posted before it"
+        assert big.wait(large).status is Status.DONE
+
+    def test_a_waiting_request_passes_background_reads(self, big: Pair) -> None:
+        background = [big.read(big.blocks(range(at, at + 20)), priority=1) for at in (0, 20)]
+        urgent = big.read(big.blocks(range(40, 56)))
+        big.wait(urgent)
+        assert not any(tag in big.ended for tag in background)
+        big.wait(*background)
+
+    # Completions
+
+    def test_the_descriptor_says_when_to_poll(self, mixed: Pair) -> None:
+        tag = mixed.read(mixed.blocks(range(48)))
+        end = time.monotonic() + DEADLINE_S
+        found: list[Completion] = []
+        while not found and time.monotonic() < end:
+            ready, _, _ = select.select([mixed.reader.fileno()], [], [], DEADLINE_S)
+            assert ready, "nothing became readable"
+            found = mixed.reader.poll(8)
+        assert [completion.tag for completion in found] == [tag]
+        self.is_silent(mixed)
+
+    def is_silent(self, pair: Pair) -> None:
+        """A wake-up may be spurious, but not for ever."""
+        for _ in range(50):
+            if not select.select([pair.reader.fileno()], [], [], 0)[0]:
+                return
+            assert pair.reader.poll(8) == []
+        pytest.fail("the descriptor stays readable although there is nothing to poll")
+
+    def test_poll_keeps_its_limit(self, mixed: Pair) -> None:
+        tags = [mixed.read(mixed.blocks([index])) for index in range(10)]
+        assert mixed.reader.poll(0) == []
+        seen: list[int] = []
+        end = time.monotonic() + DEADLINE_S
+        while len(seen) < len(tags) and time.monotonic() < end:
+            select.select([mixed.reader.fileno()], [], [], 0.1)
+            fresh = mixed.reader.poll(3)
+            assert len(fresh) <= 3
+            seen += [completion.tag for completion in fresh]
+        assert sorted(seen) == tags
+
+    def test_every_tag_ends_exactly_once_under_stress(self, mixed: Pair) -> None:
+        rng = random.Random(SEED)
+        tags: list[int] = []
+        reads: list[int] = []
+        for _ in range(400):
+            dice = rng.random()
+            if dice < 0.75:
+                reads.append(mixed.read(random_plan(rng, mixed), priority=rng.randint(0, 1)))
+            elif dice < 0.93 and reads:
+                mixed.reader.cancel(rng.choice(reads))
+            elif dice < 0.96:
+                tags.append(mixed.fence())
+            else:
+                mixed.pump()
+        mixed.wait(*reads, *tags)
+        assert {mixed.ended[tag].status for tag in tags} == {Status.DONE}
+        assert {mixed.ended[tag].status for tag in reads} <= {Status.DONE, Status.CANCELLED}
+        assert any(mixed.ended[tag].status is Status.DONE for tag in reads)
+        mixed.settle()
+
+    # Fork
+
+    def calls(self, transport: Transport) -> list[Callable[[], object]]:
+        """Every method that a dead or inherited handle must refuse."""
+        plan = CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 8),))
+        return [
+            lambda: transport.connect(PEER, b"", 10**6),
+            lambda: transport.disconnect(PEER),
+            lambda: transport.post_read(PEER, LEASE, CAPABILITY, plan, 10**6 + 1),
+            lambda: transport.cancel(1),
+            lambda: transport.fence(PEER, 10**6 + 2),
+            lambda: transport.grant(LEASE, CAPABILITY, {}),
+            lambda: transport.revoke(LEASE),
+            lambda: transport.register([]),
+            lambda: transport.unregister(),
+        ]
+
+    def test_a_fork_cannot_use_what_it_inherited(self, mixed: Pair) -> None:
+        calls: list[Callable[[], object]] = [*self.calls(mixed.reader), lambda: mixed.reader.poll(1)]
+        child = os.fork()
+        if child == 0:
+            wrong = 0
+            for call in calls:
+                try:
+                    call()
+                    wrong += 1
+                except LocalProtocolError:
+                    pass
+                except BaseException:
+                    wrong += 1
+            mixed.reader.close()
+            os._exit(wrong)
+        end = time.monotonic() + DEADLINE_S
+        done, status = os.waitpid(child, os.WNOHANG)
+        while not done and time.monotonic() < end:
+            time.sleep(0.01)
+            done, status = os.waitpid(child, os.WNOHANG)
+        if not done:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hung")
+        assert os.waitstatus_to_exitcode(status) == 0, "calls that did not raise LocalProtocolError"
+        mixed.settle()
+
+
+class ProcessConformance(TransportConformance):
+    """The same with the owner in another process, and what can only happen to one."""
+
+    owner_spec: ClassVar[tuple[str, Mapping[str, Any]]]
+
+    def make_owner(self, geometry: str) -> Owner:
+        name, options = self.owner_spec
+        return ProcessOwner(name, options, geometry, SEED)
+
+    def signal(self, pair: Pair, number: signal.Signals) -> None:
+        assert isinstance(pair.owner, ProcessOwner)
+        pair.owner.signal(number)
+
+    def test_the_owner_is_killed_in_the_middle(self, big: Pair) -> None:
+        tag = big.read(big.blocks(range(63)))
+        big.until(big.begun, "first bytes")
+        self.signal(big, signal.SIGKILL)
+        assert big.wait(tag).status in (Status.PEER_LOST, Status.DONE)
+        assert big.wait(big.read(big.blocks([0]))).status is Status.PEER_LOST
+
+    def test_a_stopped_owner_holds_nobody(self, big: Pair) -> None:
+        self.signal(big, signal.SIGSTOP)
+        first, second = big.read(big.blocks(range(32))), big.read(big.blocks(range(32, 63)))
+        big.reader.cancel(first)
+        assert big.wait(first).status is Status.CANCELLED
+        fence = big.fence()
+        assert big.wait(second, fence).status is Status.DONE
+        assert big.ended[second].status is Status.CANCELLED
+        big.target.poison()
+        before = big.target.snapshot()
+        self.signal(big, signal.SIGCONT)
+        big.settle()
+        assert big.target.same(big.target.expect(big.blocks([0]), big.source, before))
