@@ -31,6 +31,9 @@ from pd_connector.vllm_plugin.settings import instance_config
 
 logger = logging.getLogger(__name__)
 
+_EXPIRED = "it expired"
+"""Reason of an expired lease. Ours may expire while a reader still renews the workers' at the workers."""
+
 
 @dataclass
 class Hope:
@@ -61,6 +64,7 @@ class PDScheduler:
         self._next_look = 0.0
         self._spoken: Counter[str] = Counter()
         self._spoken_now: Counter[str] = Counter()
+        self._closed = False
         self._portal = Portal("pdc-scheduler", self._config.io_cpus)
         self._agent = Agent(self._config, name=self._engine_id, on_note=self._notes.append)
         self._agent.identify(self._model)
@@ -209,9 +213,9 @@ class PDScheduler:
         )
 
     def _grant_here(self, ticket: Ticket) -> None:
-        """A lease of the same number on the advertised agent, so that it answers RENEW and RELEASE. It lasts until the
-        cap: the workers' own leases decide when one expires."""
-        self._agent.grant(ticket, seconds=self._config.lease_cap_seconds)
+        """A lease of the same number on the advertised agent, so that it answers RENEW and RELEASE. It lasts as long as
+        the workers' own, because its answers tell the reader how often to renew; those decide when one expires."""
+        self._agent.grant(ticket)
 
     def _finish_hope(self, request: Any) -> None:
         # A request may end before anybody looked at it; its owner need not wait for the lease to run out.
@@ -241,7 +245,7 @@ class PDScheduler:
 
     def _take(self, note: ev.Note) -> None:
         match note:
-            case ev.LeaseEnded(number, _, reason) if number in self._leases:
+            case ev.LeaseEnded(number, _, reason) if number in self._leases and reason != _EXPIRED:
                 self._orders.ends.append((number, reason))
             case ev.LeaseRenewed(number, _) if number in self._leases:
                 self._orders.extends.append(number)
@@ -277,6 +281,9 @@ class PDScheduler:
         self._spoken_now = self._agent.counters()
 
     def shutdown(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._portal.run(self._agent.close(), timeout=10)
         finally:

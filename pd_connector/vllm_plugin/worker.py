@@ -95,6 +95,10 @@ class PDWorker:
         assert self._agent is not None
         for request_id, ticket in orders.grants:
             self._grant(request_id, ticket)
+        # A release may overtake its grant: then its end was applied, to nothing, before this.
+        for number, reason in orders.ends:
+            if number in self._lease_requests:
+                self._agent.end(number, reason)
         for number in orders.extends:
             self._agent.extend(number)
         for load in orders.loads:
@@ -126,6 +130,9 @@ class PDWorker:
             error = type(note.error).__name__ if note.error is not None else ""
             if note.outcome == "failed":
                 logger.warning("request %s: load failed: %s", load.request_id, note.error)
+            if note.outcome != "done":
+                # No rank will use what it reads under this ticket, and a pull that got no connection told nobody.
+                agent.release(load.ticket, whole=True)
             self._look()
             # Failed blocks of an aborted request must never be reported: it is gone, its blocks may be another's.
             self._ended.append(("received", load.request_id, blocks if note.outcome == "failed" else ()))

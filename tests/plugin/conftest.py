@@ -1,0 +1,59 @@
+"""Engines of one process: what they share is made once, what a test makes is closed at its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")
+
+pytest.importorskip("vllm")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pd_connector.demo.model import build_model
+
+    return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's process groups, of one rank: workers ask them who they are."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+
+    from tests.plugin.engine import engine_config
+
+    with set_current_vllm_config(engine_config(model, "kv_both")):
+        meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def engine(model: Path, ranks: None) -> Iterator[Callable[..., Any]]:
+    """``engine(role, extra, **options)``: a started MiniEngine. Bytes go over ZeroMQ unless ``extra`` says otherwise."""
+    from tests.plugin.engine import MiniEngine, engine_config
+
+    started: list[Any] = []
+
+    def start(role: str, extra: dict[str, Any] | None = None, **options: Any) -> Any:
+        settings = {"transport": ["zmq"], "drain_seconds": 0, **(extra or {})}
+        made = MiniEngine(engine_config(model, role, extra=settings, **options))
+        started.append(made)
+        return made
+
+    yield start
+    for made in started:
+        made.shutdown()
