@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pd_connector.config import Config, parse
@@ -39,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pdc", description="KV-cache transfer for prefill/decode disaggregation")
     parser.add_argument("--version", action="version", version=f"pdc {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_demo(commands)
     _add_router(commands)
     _add_keygen(commands)
     return parser
@@ -49,6 +47,51 @@ def _version() -> str:
         return version("pd-connector")
     except PackageNotFoundError:
         return "from a source tree that is not installed"
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: Any) -> None:
+    words = "real vLLM prefills in one process, another one decodes from its KV blocks, and a table proves it"
+    demo = commands.add_parser(
+        "demo", help=words, description=words, epilog="Exit status: 0 pass, 1 fail, 2 could not run."
+    )
+    demo.add_argument("--json", action="store_true", help="end stdout with one JSON object; progress goes to stderr")
+    demo.add_argument("--keep", action="store_true", help="leave all running until Ctrl-C, and print a curl line")
+    demo.add_argument("--prompts", metavar="N,N,...", help="lengths in tokens (default: 1,31,128,129,1000,3000)")
+    demo.add_argument("--plant", choices=["wrong-byte"], help="flip one byte of D's first read: the demo must fail")
+    demo.add_argument("--seed", type=int, default=0, help="of the random prompts (default: %(default)s)")
+    demo.add_argument("--deadline", type=float, metavar="S", help="give up after this many seconds (default: 540)")
+    demo.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="keep model and logs here (default: a temporary directory)"
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from pd_connector.demo.run import Options, run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the demo needs {error.name!r}: pip install 'pd-connector[demo]'") from None
+    chosen: dict[str, Any] = {}
+    if arguments.prompts is not None:
+        try:
+            chosen["prompts"] = tuple(int(length) for length in arguments.prompts.split(","))
+        except ValueError:
+            raise ConfigError(f"--prompts {arguments.prompts!r}: write numbers of tokens, such as 1,128,3000") from None
+    if arguments.deadline is not None:
+        chosen["deadline"] = arguments.deadline
+    return run(
+        Options(
+            workdir=arguments.workdir,
+            seed=arguments.seed,
+            keep=arguments.keep,
+            json=arguments.json,
+            wrong_byte=arguments.plant == "wrong-byte",
+            **chosen,
+        )
+    )
 
 
 # --- router -----------------------------------------------------------------------------------------------------------
@@ -79,12 +122,7 @@ def _router(arguments: argparse.Namespace) -> int:
     api_key = None if arguments.api_key_file is None else _read(arguments.api_key_file, "--api-key-file").strip()
     config = Config() if arguments.config is None else _agent_config(arguments.config)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # Not asyncio's own SIGINT handling, which cancels: uvicorn drains at either signal and raises it again afterwards,
-    # and then the side channel must still send the last releases.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(arguments, config, api_key))
+    asyncio.run(_serve(arguments, config, api_key))
     return 0
 
 
@@ -107,10 +145,6 @@ async def _serve(arguments: argparse.Namespace, config: Config, api_key: str | N
             insecure=arguments.insecure,
             on_ready=listening,
         )
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _require_router() -> None:

@@ -23,7 +23,9 @@ from pd_connector.config import child_environment
 from pd_connector.errors import PDError
 
 _PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may take a lock
 _STOP_SECONDS = 20.0
+_KILL_SECONDS = 10.0
 
 
 class InstanceFailed(PDError):
@@ -95,7 +97,7 @@ class Instance:
                 os.killpg(self.process.pid, number)
 
     def stop(self, seconds: float = _STOP_SECONDS) -> None:
-        """SIGTERM, then SIGKILL; afterwards nothing of the group is left."""
+        """SIGTERM, then SIGKILL; afterwards nothing of the group is left (a process in the kernel's hands aside)."""
         if self.process is None:
             return
         self.signal(signal.SIGCONT)
@@ -104,6 +106,10 @@ class Instance:
             self.process.wait(seconds)
         self.signal(signal.SIGKILL)
         self.process.wait(10)
+        # The others of the group are not our children: nobody tells us when the kill has reached them.
+        deadline = time.monotonic() + _KILL_SECONDS
+        while _group_lives(self.process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
         self.process = None
 
     def metrics(self) -> dict[str, float]:
@@ -167,4 +173,14 @@ def vllm_available() -> bool:
 
 def _die_with_parent() -> None:
     """In the child: be killed when the parent dies, however it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _group_lives(group: int) -> bool:
+    """Is any process of the group more than a zombie that its new parent has not yet collected?"""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                return True
+    return False

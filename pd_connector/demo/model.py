@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from pd_connector.errors import ConfigError
+
+_SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,11 @@ class ModelShape:
     seed: int = 0
 
     @property
+    def words(self) -> int:
+        """Token ids below this are ordinary words; behind them come the special ones."""
+        return self.vocabulary - len(_SPECIAL)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return self.layers * self.kv_heads * self.head_dim * 4
 
@@ -30,16 +41,31 @@ WIDE_KV = ModelShape(layers=28, hidden=256, heads=4, kv_heads=4, head_dim=128)
 
 
 def build_model(directory: Path, shape: ModelShape = SMALL) -> Path:
-    """Write the model unless it is there; returns ``directory``."""
+    """Write the model unless it is there; returns ``directory``. Raises ConfigError when a library is missing."""
     if (directory / "model.safetensors").exists():
         return directory
+    # Whole or not at all: an interrupted build must not pass for a model the next time.
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
+    try:
+        _write(draft, shape)
+        draft.rename(directory)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"building the model needs {error.name!r}: pip install 'pd-connector[demo,torch]'") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return directory
+
+
+def _write(directory: Path, shape: ModelShape) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    directory.mkdir(parents=True, exist_ok=True)
-    words = {f"w{i}": i for i in range(shape.vocabulary - 3)}
-    special = {"<unk>": shape.vocabulary - 3, "<s>": shape.vocabulary - 2, "</s>": shape.vocabulary - 1}
+    disable_progress_bar()
+    words = {f"w{i}": i for i in range(shape.words)}
+    special = {name: shape.words + i for i, name in enumerate(_SPECIAL)}
     tokenizer = Tokenizer(models.WordLevel(words | special, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -62,4 +88,3 @@ def build_model(directory: Path, shape: ModelShape = SMALL) -> Path:
         dtype="bfloat16",
     )
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
