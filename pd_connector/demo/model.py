@@ -36,7 +36,7 @@ class ModelShape:
 
 
 SMALL = ModelShape()
-WIDE_KV = ModelShape(layers=28, hidden=256, heads=4, kv_heads=4, head_dim=128)
+WIDE_KV = ModelShape(layers=28, hidden=512, heads=4, kv_heads=4, head_dim=128)
 """56 KiB of KV per token, as a model of some 7 B parameters has."""
 
 
