@@ -74,6 +74,10 @@ class Context:
     def notify(self, note: Note) -> None:
         self._out.append(Notify(note))
 
+    @property
+    def has_commands(self) -> bool:
+        return bool(self._out)
+
     def take(self) -> list[Command]:
         out, self._out = self._out, []
         return out

@@ -62,6 +62,7 @@ class Core:
         self.keeper = Keeper(self._context)
         self.counters = self._context.counters
         self._drained = False
+        self._now = 0.0
 
     @property
     def identity(self) -> Identity:
@@ -77,7 +78,8 @@ class Core:
         return self._context.new_id()
 
     def next_deadline(self) -> float | None:
-        return self._context.timers.next()
+        """When to call ``handle`` at the latest, or None. Not in the future when commands wait to be taken."""
+        return self._now if self._context.has_commands else self._context.timers.next()
 
     def gauges(self) -> dict[str, int]:
         """What is held or under way right now."""
@@ -95,7 +97,9 @@ class Core:
     def handle(self, event: Event, now: float) -> list[Command]:
         """Apply an event; the commands are to be carried out in order.
 
-        Raises LocalProtocolError, and changes nothing, when a local call (Pull, Grant) breaks a rule or a bound."""
+        Raises LocalProtocolError, and does nothing of it, when a local call (Pull, Grant) breaks a rule or a bound;
+        what was due by then comes out of the next call."""
+        self._now = now
         for timer in self._context.timers.due(now):
             self._timer(timer, now)
         try:
@@ -172,15 +176,15 @@ class Core:
             case Welcome():
                 self.reader.dialer.welcome(route, message, now)
             case Opened():
-                self.reader.opened(message, now)
+                self.reader.opened(route, message, now)
             case Verdict():
-                self.reader.verdict(message, now)
+                self.reader.verdict(route, message, now)
             case Renewed():
-                self.keeper.renewed(message, now)
+                self.keeper.renewed(route, message, now)
             case Refused():
-                self.reader.refused(message, now)
+                self.reader.refused(route, message, now)
             case Stale():
-                self.keeper.stale(message)
+                self.keeper.stale(route, message)
                 self.reader.dialer.stale(route, message, now)
             case Bye():
                 self.reader.dialer.bye(route, message, now)
@@ -209,7 +213,7 @@ class Core:
             case "settle":
                 self.reader.settle_timeout(key, now)
             case "fence":
-                self.reader.fence_timeout(key)
+                self.reader.fence_timeout(key, now)
             case "keep":
                 self.keeper.renew(key, now)
             case _:

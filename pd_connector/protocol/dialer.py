@@ -31,15 +31,15 @@ class Dialer:
         """Call session_ready (perhaps at once) or session_failed for a transfer that needs this incarnation."""
         session = self.sessions.get(address)
         if session is None:
-            if len(self.sessions) >= self._context.limits.max_sessions:
-                error = LocalProtocolError(f"{len(self.sessions)} peers are connected, the limit is max_sessions")
+            if len(self.sessions) >= self._context.limits.max_sessions and not self._drop_idle(now):
+                error = LocalProtocolError(f"{len(self.sessions)} peers are in use, the limit is max_sessions")
                 self._passengers.session_failed(number, error, now)
                 return
             session = self.sessions[address] = Session(address)
-            session.waiting.append((number, incarnation))
+            session.waiting[number] = incarnation
             self._greet(session, now)
             return
-        session.waiting.append((number, incarnation))
+        session.waiting[number] = incarnation
         if session.state is SessionState.READY and session.incarnation == incarnation:
             self._next_waiting(session, now)
         elif session.step(SessionInput.PROBE):
@@ -48,9 +48,18 @@ class Dialer:
     def detach(self, number: int, address: str, now: float) -> None:
         """A transfer does not use its session any more; the next one in the queue may start."""
         session = self.sessions.get(address)
-        if session is not None and number in session.active:
+        if session is None:
+            return
+        session.waiting.pop(number, None)
+        if number in session.active:
             session.active.discard(number)
             self._next_waiting(session, now)
+
+    def refuse(self, peer: str, now: float) -> None:
+        """Have nothing to do with a peer until ``unsettled`` does not name it any more."""
+        self.unsettled.add(peer)
+        for session in [session for session in self.sessions.values() if session.peer == peer]:
+            self._lose(session, PeerLost(f"{session.who}: reads from it do not settle"), now)
 
     def close(self, now: float) -> None:
         for session in list(self.sessions.values()):
@@ -122,9 +131,9 @@ class Dialer:
             session.step(SessionInput.UNCHANGED)
             self._ready(session, now)
             return
-        waiting, session.waiting = session.waiting, []
+        waiting, session.waiting = session.waiting, {}
         self._lose(session, PeerLost(f"{session.who} restarted"), now)
-        for number, incarnation in waiting:
+        for number, incarnation in waiting.items():
             self.attach(number, session.address, incarnation, now)
 
     def connected(self, event: Connected, now: float) -> None:
@@ -151,7 +160,8 @@ class Dialer:
         while session.waiting and session.state is SessionState.READY:
             if len(session.active) >= self._context.limits.max_transfers_per_peer:
                 return
-            number, incarnation = session.waiting.pop(0)
+            number = next(iter(session.waiting))
+            incarnation = session.waiting.pop(number)
             if incarnation == session.incarnation:
                 self._passengers.session_ready(number, session, now)
                 continue
@@ -183,6 +193,14 @@ class Dialer:
         if session is not None and session.peer == peer:
             self._lose(session, error, now)
 
+    def _drop_idle(self, now: float) -> bool:
+        """Give up the oldest session that nobody uses: owners come and go, and few of them say goodbye."""
+        for session in self.sessions.values():
+            if session.state is SessionState.READY and not session.active and not session.waiting:
+                self._lose(session, PeerLost("nobody uses it"), now)
+                return True
+        return False
+
     def _lose(self, session: Session, error: PDError, now: float) -> None:
         if not session.step(SessionInput.LOST):
             return
@@ -190,7 +208,7 @@ class Dialer:
         self._context.counters["sessions_lost"] += 1
         self._context.timers.cancel(("session", session.address))
         self._context.timers.cancel(("hello", session.address))
-        for number in [*session.active, *(number for number, _ in session.waiting)]:
+        for number in [*session.active, *session.waiting]:
             self._passengers.session_failed(number, error, now)
         if session.incarnation:
             self._context.emit(Disconnect(session.peer))

@@ -63,18 +63,19 @@ class Keeper:
             ),
         )
 
-    def renewed(self, message: Renewed, now: float) -> None:
+    def renewed(self, route: str, message: Renewed, now: float) -> None:
         key = (message.src, message.lease, message.epoch)
-        if key not in self._kept:
+        if key not in self._kept or self._kept[key][0].address != route:
             return
         if message.held:
             self._context.timers.set(("keep", key), now + max(message.remaining_ms / 3000, 0.05))
         else:
             self._lost(key)
 
-    def stale(self, message: Stale) -> None:
-        for key in [key for key in self._kept if key[0] == message.incarnation]:
-            self._lost(key)
+    def stale(self, route: str, message: Stale) -> None:
+        for key, (ticket, _) in list(self._kept.items()):
+            if ticket.incarnation == message.incarnation and ticket.address == route:
+                self._lost(key)
 
     def close(self) -> None:
         for key in list(self._kept):

@@ -87,7 +87,8 @@ class LeaseTable:
 
     def __init__(self, *, max_leases: int, remember_seconds: float, max_remembered: int) -> None:
         self._leases: dict[int, Lease] = {}
-        self._ended: OrderedDict[int, tuple[float, Lease]] = OrderedDict()
+        self._ended: OrderedDict[int, tuple[float, tuple[int, str]]] = OrderedDict()
+        """Of an ended lease only the epoch and the reason are kept, not its blocks."""
         self._answers: OrderedDict[tuple[int, int, int], tuple[float, Answer]] = OrderedDict()
         self._highest = 0
         self._max_leases = max_leases
@@ -107,8 +108,8 @@ class LeaseTable:
             return f"{len(self._leases)} leases are held, the limit is {self._max_leases} (max_leases)"
         if number in self._leases:
             return f"lease {number} is held already under epoch {self._leases[number].epoch}"
-        if number in self._ended and self._ended[number][1].epoch >= epoch:
-            return f"lease {number} ended under epoch {self._ended[number][1].epoch}; a new grant needs a higher one"
+        if number in self._ended and self._ended[number][1][0] >= epoch:
+            return f"lease {number} ended under epoch {self._ended[number][1][0]}; a new grant needs a higher one"
         return None
 
     def grant(self, lease: Lease) -> None:
@@ -126,18 +127,18 @@ class LeaseTable:
                 return lease
             return Unknown.NOT_YET if lease.epoch < epoch else Unknown.GONE
         if number in self._ended:
-            return Unknown.NOT_YET if self._ended[number][1].epoch < epoch else Unknown.GONE
+            return Unknown.NOT_YET if self._ended[number][1][0] < epoch else Unknown.GONE
         return Unknown.NOT_YET if number > self._highest else Unknown.GONE
 
     def end(self, lease: Lease, now: float) -> None:
         """Move an ended lease out of the table."""
         del self._leases[lease.number]
         self._ended.pop(lease.number, None)
-        self._ended[lease.number] = (now, lease)
+        self._ended[lease.number] = (now, (lease.epoch, lease.reason))
         self._forget(self._ended, now)
 
     def reason_of(self, number: int) -> str:
-        return self._ended[number][1].reason if number in self._ended else str(Unknown.GONE)
+        return self._ended[number][1][1] if number in self._ended else str(Unknown.GONE)
 
     def all(self) -> list[Lease]:
         return list(self._leases.values())

@@ -17,6 +17,7 @@ from pd_connector.layout import KVLayout
 VERSION = 1
 MAX_FRAME = 4 * 2**20
 """Largest frame that is sent or accepted, in bytes: 500,000 audit digests fit."""
+MAX_WORDS = 4096
 CAPABILITY_BYTES = 16
 DIGEST_BYTES = 8
 
@@ -24,7 +25,7 @@ U64 = Annotated[int, Meta(ge=0)]  # MessagePack itself ends at 2**64 - 1
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Millis = Annotated[int, Meta(ge=0, le=2**40)]
 Name = Annotated[str, Meta(max_length=256)]
-Words = Annotated[str, Meta(max_length=4096)]
+Words = Annotated[str, Meta(max_length=MAX_WORDS)]
 Capability = Annotated[bytes, Meta(min_length=CAPABILITY_BYTES, max_length=CAPABILITY_BYTES)]
 
 

@@ -21,6 +21,7 @@ from pd_connector.protocol.events import (
 from pd_connector.protocol.lease import Answer, Lease, LeaseInput, LeaseState, LeaseTable, Unknown
 from pd_connector.protocol.messages import (
     DIGEST_BYTES,
+    MAX_WORDS,
     VERSION,
     Bye,
     Commit,
@@ -115,7 +116,7 @@ class Owner:
                 transports=me.transports,
                 # The reader's words about us read the other way round; it computes its own diff, this one is for a
                 # reader of an older version that would not.
-                refused="; ".join(diff)[:4096],
+                refused="; ".join(diff)[:MAX_WORDS],
                 directory=me.directory,
             ),
         )
@@ -159,7 +160,7 @@ class Owner:
 
     def _not_held(self, route: str, message: LeaseRequest) -> None:
         me = self._context.incarnation
-        reason = f"lease {message.lease} is not held: {self.table.reason_of(message.lease)}"
+        reason = f"lease {message.lease} is not held: {self.table.reason_of(message.lease)}"[:MAX_WORDS]
         if isinstance(message, Commit):
             self._context.counters["commits_not_held"] += 1
             self._verdict(route, message, Answer(False, reason))

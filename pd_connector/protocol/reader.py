@@ -12,6 +12,7 @@ from pd_connector.errors import (
     TransferFailed,
     TransportUnavailable,
 )
+from pd_connector.plan import CopyPlan
 from pd_connector.protocol.context import Context
 from pd_connector.protocol.dialer import Dialer
 from pd_connector.protocol.events import (
@@ -26,6 +27,8 @@ from pd_connector.protocol.events import (
     TransferEnded,
 )
 from pd_connector.protocol.messages import (
+    DIGEST_BYTES,
+    MAX_FRAME,
     Audit,
     Commit,
     Open,
@@ -37,6 +40,9 @@ from pd_connector.protocol.messages import (
 )
 from pd_connector.protocol.session import Session
 from pd_connector.protocol.transfer import PartState, Transfer, TransferInput, TransferState
+
+_ENVELOPE = 4096
+"""More than everything in a Commit but its audit takes, in bytes."""
 
 
 class Reader:
@@ -62,6 +68,8 @@ class Reader:
             raise LocalProtocolError(
                 f"{len(self.transfers)} transfers are running, the limit is {limits.max_transfers}"
             )
+        if event.audit and max(map(_audit_bytes, event.parts)) > MAX_FRAME - _ENVELOPE:
+            raise LocalProtocolError(f"the audit of a part does not fit into {MAX_FRAME} bytes; pull in more parts")
         ticket = event.ticket
         transfer = Transfer(event, now, ticket.address, ticket.incarnation, now + event.timeout)
         self.transfers[event.transfer] = transfer
@@ -98,9 +106,10 @@ class Reader:
             return
         if session.directory:
             endpoint = session.directory.get(transfer.pull.rank)
-            if endpoint is None or transfer.address != transfer.pull.ticket.address:
-                error = LayoutMismatch(f"{session.who} has no rank {transfer.pull.rank}")
-                self._give_up(transfer, error, now)
+            named = transfer.pull.ticket.address
+            if endpoint is None or transfer.address != named or endpoint.address == named:
+                why = f"{session.who} does not name an agent with memory as rank {transfer.pull.rank}"
+                self._give_up(transfer, LayoutMismatch(why), now)
                 return
             transfer.address, transfer.incarnation = endpoint.address, endpoint.incarnation
             self.dialer.attach(number, endpoint.address, endpoint.incarnation, now)
@@ -160,10 +169,10 @@ class Reader:
 
     def completed(self, event: Completed, now: float) -> None:
         if (peer := self._fences.pop(event.tag, None)) is not None:
-            self._context.timers.cancel(("fence", event.tag))
-            self.dialer.unsettled.discard(peer)
+            self._fenced(event, peer, now)
             return
-        transfer = self.transfers.get(self._tags.pop(event.tag, 0))
+        number = self._tags.pop(event.tag, None)
+        transfer = None if number is None else self.transfers.get(number)
         if transfer is None:
             self._context.counters["late_events"] += 1
             return
@@ -246,14 +255,22 @@ class Reader:
             ),
         )
 
-    def verdict(self, message: Verdict, now: float) -> None:
+    def _answered(self, route: str, message: Opened | Verdict | Refused) -> Transfer | None:
+        """The transfer that an answer is about. Nobody but the incarnation that was asked can answer, nor another
+        address in its name."""
         transfer = self.transfers.get(message.transfer)
-        if transfer is None or transfer.incarnation != message.src or message.part > transfer.last:
+        if transfer is None or transfer.incarnation != message.src or transfer.address != route:
             self._context.counters["late_events"] += 1
+            return None
+        return transfer
+
+    def verdict(self, route: str, message: Verdict, now: float) -> None:
+        if (transfer := self._answered(route, message)) is None:
             return
         final = message.part == transfer.last
         expected = TransferState.CONFIRMING if final else TransferState.READING
-        if transfer.state is not expected or transfer.parts[message.part] is not PartState.READ:
+        asked = message.part <= transfer.last and transfer.parts[message.part] is PartState.READ
+        if transfer.state is not expected or not asked:
             self._context.counters["late_events"] += 1
             return
         if not message.held:
@@ -270,9 +287,10 @@ class Reader:
         else:
             self._advance(transfer, now)
 
-    def opened(self, message: Opened, now: float) -> None:
-        transfer = self.transfers.get(message.transfer)
-        if transfer is None or transfer.incarnation != message.src or transfer.state is not TransferState.READING:
+    def opened(self, route: str, message: Opened, now: float) -> None:
+        if (transfer := self._answered(route, message)) is None:
+            return
+        if transfer.state is not TransferState.READING:
             self._context.counters["late_events"] += 1
             return
         if not message.held:
@@ -285,9 +303,8 @@ class Reader:
             transfer.parts[part] = PartState.PENDING
         self._advance(transfer, now)
 
-    def refused(self, message: Refused, now: float) -> None:
-        transfer = self.transfers.get(message.transfer)
-        if transfer is not None and transfer.incarnation == message.src:
+    def refused(self, route: str, message: Refused, now: float) -> None:
+        if (transfer := self._answered(route, message)) is not None:
             self._give_up(transfer, RemoteProtocolError(f"{self._words(transfer)}: refused: {message.reason}"), now)
 
     def retry(self, number: int, now: float) -> None:
@@ -373,10 +390,30 @@ class Reader:
             self._context.timers.set(("fence", tag), now + self._context.limits.fence)
             self._context.emit(Fence(peer, transfer.transport, tag))
 
-    def fence_timeout(self, tag: int) -> None:
+    def fence_timeout(self, tag: int, now: float) -> None:
         if (peer := self._fences.get(tag)) is not None:
             self._context.counters["fences_timed_out"] += 1
-            self.dialer.unsettled.add(peer)
+            self.dialer.refuse(peer, now)
+
+    def _fenced(self, event: Completed, peer: str, now: float) -> None:
+        """A fence has ended every read posted to the peer before it, also one whose own completion got lost. Reads
+        posted after it, and a fence that failed, need another one."""
+        self._context.timers.cancel(("fence", event.tag))
+        wait = self._context.limits.settle
+        if event.status == "done":
+            self.dialer.unsettled.discard(peer)
+        else:
+            self._context.counters["fences_failed"] += 1
+            self.dialer.refuse(peer, now)
+            wait = self._context.limits.fence
+        for transfer in [transfer for transfer in self.transfers.values() if transfer.peer == peer]:
+            if transfer.state is not TransferState.SETTLING:
+                continue
+            self._context.timers.set(("settle", transfer.pull.transfer), now + wait)
+            if event.status == "done":
+                for tag in [tag for tag in transfer.tags if tag < event.tag]:
+                    del transfer.tags[tag], self._tags[tag]
+                self._settle(transfer, now)
 
     def _end(self, transfer: Transfer, now: float) -> None:
         number = transfer.pull.transfer
@@ -390,3 +427,9 @@ class Reader:
 
     def _words(self, transfer: Transfer) -> str:
         return f"pull {transfer.pull.transfer} under {transfer.pull.ticket!r} while {transfer.state}"
+
+
+def _audit_bytes(plan: CopyPlan) -> int:
+    """How large the Audit of a part becomes in a frame, rounded up."""
+    patterns = len(plan.patterns)
+    return plan.runs.nbytes + plan.num_blocks * patterns * DIGEST_BYTES + 5 * patterns

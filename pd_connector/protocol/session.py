@@ -56,15 +56,15 @@ class Session:
     agent: str = ""
     transport: str = ""
     directory: dict[int, Endpoint] = field(default_factory=dict)
-    waiting: list[tuple[int, int]] = field(default_factory=list)
+    waiting: dict[int, int] = field(default_factory=dict)
     """Transfers that wait for READY, in order, each with the incarnation that its ticket names."""
     active: set[int] = field(default_factory=set)
     """Transfers that have posted, or will post, reads on this session."""
 
     @property
     def peer(self) -> str:
-        """Names the incarnation towards transports."""
-        return f"{self.agent}#{self.incarnation:016x}"
+        """Names the incarnation towards transports; with the address, which nobody else can claim to have."""
+        return f"{self.agent}#{self.incarnation:016x}@{self.address}"
 
     @property
     def who(self) -> str:

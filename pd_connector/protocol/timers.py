@@ -15,6 +15,8 @@ class Timers:
         self._sequence = 0
 
     def set(self, key: Hashable, when: float) -> None:
+        if self._when.get(key) == when:
+            return  # its entry is in the heap: a second one could never be told from it and would stay
         self._when[key] = when
         self._sequence += 1
         heapq.heappush(self._heap, (when, self._sequence, key))
