@@ -1,182 +1,36 @@
-"""FaultyTransport: any transport, with faults at chosen points.
-
-A *rule* says at which operation what goes wrong. Rules stand in a ``FaultScript``, or in a JSON file that another
-process may rewrite at any time (use ``write_script``: it replaces the file in one step)::
-
-    {"rules": [{"on": "post_read", "nth": 1, "action": "hold", "at": "middle"}]}
-
-What a rule holds stays held until the rule is gone from the script. Everything that happens is recorded, as JSON lines
-in ``<script>.log`` too, so a test waits for an event and never sleeps: see ``FaultScript.wait`` and ``wait_for_event``.
-"""
+"""FaultyTransport: any transport, with faults at the points that a FaultScript chooses."""
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import msgspec
+import numpy as np
 
 from pd_connector.errors import ConfigError, LocalProtocolError
 from pd_connector.memory import Region, order_grids
-from pd_connector.plan import CopyPlan, Pattern
+from pd_connector.plan import CopyPlan, Pattern, Runs
+from pd_connector.testing.fault_script import (
+    TICK_S,
+    FaultScript,
+    Operation,
+    Rule,
+    read_events,
+    wait_for_event,
+    write_script,
+)
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Status, Transport
 from pd_connector.transport.registry import load
 from pd_connector.transport.tags import TagBook
 
-log = logging.getLogger(__name__)
-
-TICK_S = 0.01
-KEPT_EVENTS = 10_000
-
-Operation = Literal["post_read", "connect", "fence"]
-
-
-class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``nth`` counts the operations seen since the rule stands in the script (0: every one, 1: the first).
-
-    ``at`` is where it strikes: before the operation reaches the inner transport, in the middle (half of a read's bytes
-    are written) or after it (bytes written, completion not yet shown). ``hold`` parks the operation until the rule is
-    removed, ``delay`` for ``seconds``, ``drop`` until cancel, fence or disconnect ends it. ``fail`` ends it with
-    ``status``, ``kill`` sends SIGKILL to ``pid`` (0: this process), ``corrupt`` flips the first byte the read wrote and
-    ``duplicate`` shows the completion twice; these two always strike after. ``id`` tells equal rules apart.
-    """
-
-    action: Literal["hold", "delay", "drop", "duplicate", "corrupt", "kill", "fail"]
-    on: Operation = "post_read"
-    nth: int = 0
-    at: Literal["before", "middle", "after"] = "before"
-    seconds: float = 0.0
-    pid: int = 0
-    status: Status = Status.ERROR
-    id: str = ""
-
-    @property
-    def strikes(self) -> str:
-        return "after" if self.action in ("corrupt", "duplicate") else self.at
-
-
-class _Document(msgspec.Struct, forbid_unknown_fields=True):
-    rules: tuple[Rule, ...] = ()
-
-
-class FaultScript:
-    """The rules in force and the record of what happened; one script may serve several transports of a process."""
-
-    def __init__(self, rules: Iterable[Rule] = (), path: str | os.PathLike[str] | None = None) -> None:
-        """With ``path`` the rules are the file's (none while it does not exist). Raises ConfigError if unreadable."""
-        self._changed = threading.Condition()
-        self._rules = tuple(rules)
-        self._seen: Counter[Rule] = Counter()
-        self._events: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
-        self._path = None if path is None else Path(path)
-        self._stamp: tuple[int, int, int] | None = None
-        self._complained = False
-        if self._path is not None:
-            self._read(self._path)
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        with self._changed:
-            return self._rules
-
-    def set(self, *rules: Rule) -> None:
-        """Replace all rules; whatever a removed one held goes on."""
-        with self._changed:
-            self._rules = rules
-            self._seen = Counter({rule: count for rule, count in self._seen.items() if rule in rules})
-
-    def match(self, operation: Operation) -> Rule | None:
-        """The first rule that strikes this operation; counts it for all."""
-        self.refresh()
-        with self._changed:
-            mine = [rule for rule in self._rules if rule.on == operation]
-            self._seen.update(mine)
-            return next((rule for rule in mine if rule.nth in (0, self._seen[rule])), None)
-
-    def refresh(self) -> None:
-        """Read the file again if it changed; one that cannot be read leaves the old rules standing."""
-        if self._path is None:
-            return
-        try:
-            self._read(self._path)
-        except ConfigError as error:
-            if not self._complained:
-                log.warning("%s", error)
-            self._complained = True
-
-    def record(self, event: str, **facts: Any) -> None:
-        entry = {"event": event, "pid": os.getpid(), **facts}
-        with self._changed:
-            self._events.append(entry)
-            if self._path is not None:
-                with open(f"{self._path}.log", "ab") as file:
-                    file.write(msgspec.json.encode(entry) + b"\n")
-            self._changed.notify_all()
-
-    def events(self, event: str) -> list[dict[str, Any]]:
-        with self._changed:
-            return [entry for entry in self._events if entry["event"] == event]
-
-    def wait(self, event: str, timeout: float, count: int = 1) -> dict[str, Any]:
-        """The ``count``-th record of an event; raises TimeoutError. Records of other processes are not seen here."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self.events(event)) >= count, timeout):
-                raise TimeoutError(
-                    f"no {event!r} (number {count}) within {timeout} s; seen: {list(self._events)[-20:]}"
-                )
-            return self.events(event)[count - 1]
-
-    def _read(self, path: Path) -> None:
-        try:
-            stat = path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            if stamp == self._stamp:
-                return
-            document = msgspec.json.decode(path.read_bytes(), type=_Document)
-        except FileNotFoundError:
-            stamp, document = None, _Document()
-        except (OSError, msgspec.DecodeError) as error:
-            raise ConfigError(f"fault script {path}: {error}") from error
-        if stamp != self._stamp or stamp is None:
-            self.set(*document.rules)
-        self._stamp, self._complained = stamp, False
-
-
-def write_script(path: str | os.PathLike[str], *rules: Rule) -> None:
-    """Replace a script file in one step, so that no reader sees half of it."""
-    draft = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.new")
-    draft.write_bytes(msgspec.json.encode(_Document(rules)))
-    draft.replace(path)
-
-
-def wait_for_event(path: str | os.PathLike[str], event: str, timeout: float, count: int = 1) -> dict[str, Any]:
-    """The ``count``-th record of an event in ``<path>.log``, from whichever process; raises TimeoutError."""
-    end = time.monotonic() + timeout
-    while True:
-        found = [entry for entry in read_events(path) if entry["event"] == event]
-        if len(found) >= count:
-            return found[count - 1]
-        if time.monotonic() > end:
-            raise TimeoutError(f"no {event!r} (number {count}) in {path}.log within {timeout} s")
-        time.sleep(TICK_S)
-
-
-def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All whole lines of ``<path>.log``."""
-    try:
-        lines = Path(f"{path}.log").read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    return [msgspec.json.decode(line) for line in lines]
+__all__ = ["FaultScript", "FaultyTransport", "Rule", "read_events", "wait_for_event", "write_script"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,12 +366,11 @@ def halve(plan: CopyPlan) -> list[CopyPlan]:
     return [plan]
 
 
-def _halve_runs(plan: CopyPlan) -> Iterable[Any]:
+def _halve_runs(plan: CopyPlan) -> Iterable[Runs]:
     if len(plan.runs) > 1:
         middle = len(plan.runs) // 2
         return plan.runs[:middle], plan.runs[middle:]
-    first, rest = plan.runs.copy(), plan.runs.copy()
-    half = plan.runs[0, 2] // 2
-    first[0, 2] = half
-    rest[0] = rest[0, 0] + half, rest[0, 1] + half, rest[0, 2] - half
-    return first, rest
+    src, dst, count = plan.runs[0].tolist()
+    half = count // 2
+    rows = [(src, dst, half)], [((src + half) % 2**32, (dst + half) % 2**32, count - half)]
+    return [np.array(row, np.uint32) for row in rows]
