@@ -43,7 +43,7 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture
 def engine(model: Path, ranks: None) -> Iterator[Callable[..., Any]]:
-    """``engine(role, extra, **options)``: a started MiniEngine. Bytes go over ZeroMQ unless ``extra`` says otherwise."""
+    """``engine(role, extra, **options)``: a started MiniEngine; bytes go over ZeroMQ unless ``extra`` differs."""
     from tests.plugin.engine import MiniEngine, engine_config
 
     started: list[Any] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pd_connector.testing.faults import Rule, Status, write_script
+from pd_connector.testing.faults import Rule, Status, read_events, write_script
 from tests.plugin.engine import reference
 from tests.plugin.pair import PREFILL, Pair, faulty, happened, words
 
