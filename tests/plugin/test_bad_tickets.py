@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -173,7 +174,7 @@ def test_an_address_that_does_not_answer(pair: Pair, listener: int, silent: bool
 
 def refused(pair: Pair, caplog: pytest.LogCaptureFixture) -> str:
     """A hand-over that is refused at HELLO: D's log line. P hears of it, its blocks come free."""
-    logger = __import__("logging").getLogger("pd_connector")
+    logger = logging.getLogger("pd_connector")  # vLLM's handlers serve it, it does not propagate
     logger.addHandler(caplog.handler)
     try:
         started = time.monotonic()
@@ -194,9 +195,7 @@ def test_layouts_that_differ_are_refused_in_words(engine: Callable[..., Any], ca
     worker._agent.core.identity = type(identity)(
         identity.agent, identity.incarnation, identity.model, layout, identity.transports
     )
-    words_of_refusal = refused(pair, caplog)
-    assert "2" in words_of_refusal
-    assert "rank" in words_of_refusal
+    assert "tensor-parallel size: ours 2, theirs 1" in refused(pair, caplog)
 
 
 def test_another_model_is_refused_in_words(engine: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -219,7 +218,7 @@ def test_a_wrong_role(engine: Callable[..., Any], prefill: str, decode: str) -> 
     params = pair.prefill.params["r"]
     if prefill == "kv_consumer":
         assert params is None
-        assert pair.prefill.scheduler.connector.scheduler._counters["wrong_role"] == 1
+        assert pair.prefill.counters["wrong_role"] == 1
     else:
         assert pair.decode_all("r", PROMPT, params) == reference(PROMPT, 3)
         assert pair.decode.counters["wrong_role"] == 1
@@ -257,4 +256,4 @@ def test_a_completion_that_comes_twice(engine: Callable[..., Any], tmp_path: Pat
         prompt = words(100, seed)
         assert pair.decode_all(f"r{seed}", prompt, pair.ticket(f"r{seed}", prompt)) == reference(prompt, 3)
     pair.settle()
-    assert pair.decode.counters["late_events"] == 3
+    assert pair.decode.worker.worker._agent.counters()["late_events"] == 3

@@ -17,11 +17,12 @@ from pd_connector.vllm_plugin.settings import instance_config, worker_config
 from tests.plugin.engine import MiniEngine, engine_config
 
 
-def test_an_unknown_key_names_the_nearest(model: Path) -> None:
+def test_an_unknown_key_names_the_nearest(model: Path, engine: Any) -> None:
+    caches = engine("kv_both").cache_config
     config = engine_config(model, "kv_producer", extra={"lease_second": 3})
     for role in KVConnectorRole:
         with pytest.raises(ConfigError, match="lease_second'; did you mean 'lease_seconds'"):
-            PDConnector(config, role, None)
+            PDConnector(config, role, caches)
 
 
 def test_a_port_in_use(model: Path, ranks: None) -> None:
