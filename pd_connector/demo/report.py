@@ -1,4 +1,4 @@
-"""The demo's results: a table for people, one JSON object for programs, lines while one waits."""
+"""The demo's results: tables for people, one JSON object for programs, lines while one waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,7 +16,7 @@ from pd_connector.demo.verdict import STAGES, Row
 _LINE_S = 10.0
 """Without a terminal, how often a wait says that it still waits."""
 
-_WORDS = {"d_first_token": "D first token", "p_queue": "P queue", "hand_off": "hand-off"}
+_HEADS = {"d_first_token": "D 1st\ntoken", "p_queue": "P\nqueue", "hand_off": "hand-off"}
 
 
 class Progress:
@@ -30,7 +31,7 @@ class Progress:
 
     def step(self, text: str) -> None:
         """A thing done, or begun."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._next = time.monotonic() + _LINE_S
 
     def waiting(self, text: str) -> None:
@@ -43,17 +44,29 @@ class Progress:
         self._status.stop()
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Times in ms. The stages of the ledger add up to the TTFT through P/D."""
-    out = Table(title="prefill on P, decode on D", title_justify="left")
-    heads = ("prompt", "tokens", "digests", "KV bytes", "recomputed", "over", "plain TTFT", "TTFT")
-    for head in (*heads, *(_WORDS.get(stage, stage) for stage in STAGES)):
-        out.add_column(head, justify="right")
+def proof(rows: Sequence[Row]) -> Table:
+    """Did D answer right, and from P's bytes?"""
+    out = _table("proof", ("prompt", "tokens", "digests", "KV bytes", "recomputed", "over"))
     for row in rows:
-        cells = [str(row.prompt_tokens), _tokens(row), _digests(row), f"{row.kv_bytes:,}", str(row.recomputed_tokens)]
-        cells += [row.transport, f"{row.plain_ttft_ms:.1f}", f"{sum(row.ttft_ms.values()):.1f}"]
-        cells += [f"{row.ttft_ms[stage]:.1f}" for stage in STAGES]
-        out.add_row(*cells, style="red" if row.complaints() else None)
+        cells = (_tokens(row), _digests(row), f"{row.kv_bytes:,}", str(row.recomputed_tokens), row.transport)
+        out.add_row(str(row.prompt_tokens), *cells, style="red" if row.complaints() else None)
+    return out
+
+
+def times(rows: Sequence[Row]) -> Table:
+    """The ledger: its stages add up to the TTFT through P and D."""
+    heads = [_HEADS.get(stage, stage) for stage in STAGES]
+    out = _table("time to first token, ms", ("prompt", "plain\non P", "through\nP/D", *heads))
+    for row in rows:
+        values = (row.plain_ttft_ms, sum(row.ttft_ms.values()), *(row.ttft_ms[stage] for stage in STAGES))
+        out.add_row(str(row.prompt_tokens), *(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values))
+    return out
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in heads:
+        out.add_column(head, justify="right", no_wrap=True)
     return out
 
 

@@ -18,7 +18,7 @@ from pd_connector.demo.interrupts import Interrupts
 from pd_connector.demo.measure import Bench, chosen_transport
 from pd_connector.demo.model import SMALL, build_model
 from pd_connector.demo.prompts import LONGEST, PROMPT_TOKENS, random_prompts
-from pd_connector.demo.report import Progress, as_json, table, verdict
+from pd_connector.demo.report import Progress, as_json, proof, times, verdict
 from pd_connector.demo.verdict import Row
 from pd_connector.errors import ConfigError
 
@@ -101,8 +101,8 @@ def _measure(options: Options, deployment: Deployment, deadline: float, progress
 
 def _show(options: Options, rows: list[Row], deployment: Deployment, console: Console) -> None:
     transport, reasons = chosen_transport(deployment.decode.log)
-    console.print(table(rows))
-    console.print(f"D reads from P over {transport} ({reasons})", markup=False, highlight=False)
+    console.print(proof(rows), times(rows), sep="")
+    console.print(f"D reads from P over {transport} ({reasons})", markup=False, highlight=False, soft_wrap=True)
     console.print(f"verdict: {verdict(rows)}", highlight=False)
     if options.json:
         print(as_json(rows), flush=True)

@@ -1,0 +1,19 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def test_custom_engine() -> None:
+    script = EXAMPLES / "custom_engine.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    # 3 blocks x 4 layers x (K and V) x 16 tokens x 128 channels x 2 bytes
+    assert "decode: 40 tokens, 98304 bytes over zmq, all equal" in done.stdout
+    assert "prefill: blocks [11, 3, 42] are free again" in done.stdout
+    assert done.stderr == ""
