@@ -91,5 +91,11 @@ def _diff_group(a: GroupLayout, b: GroupLayout) -> list[str]:
             + ("" if missing or extra else ", in another order")
         )
     elif a.part_bytes != b.part_bytes:
-        out.append(f"bytes per block: ours {sum(a.part_bytes)}, theirs {sum(b.part_bytes)}")
+        out.append(f"bytes per block: ours {_parts(a.part_bytes)}, theirs {_parts(b.part_bytes)}")
     return out
+
+
+def _parts(sizes: tuple[int, ...]) -> str:
+    """The total alone could be equal on both sides while the parts are not."""
+    shown = " + ".join(map(str, sizes[:4]))
+    return shown if len(sizes) <= 4 else f"{shown} + ... ({len(sizes)} parts, {sum(sizes)} in all)"

@@ -1,0 +1,111 @@
+"""Which transports exist, start and are chosen, and the reasons against the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from pd_connector.errors import ConfigError, TransportUnavailable
+from pd_connector.transport import registry
+from pd_connector.transport.base import Transport
+from pd_connector.transport.inproc import InprocTransport
+from pd_connector.transport.zmq import ZmqTransport
+
+FAULTY = "pd_connector.testing.faults:FaultyTransport"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What is installed, whether or not this distribution's own entry points are."""
+    names = {**registry._BUILT_IN, "faulty": FAULTY}
+    monkeypatch.setattr(registry, "known", lambda: names)
+    return names
+
+
+@contextmanager
+def started(*args: object) -> Iterator[tuple[dict[str, Transport], dict[str, str]]]:
+    transports, reasons = registry.start(*args)  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        for transport in transports.values():
+            stack.callback(transport.close)
+        yield transports, reasons
+
+
+def test_auto_starts_what_exists_best_first() -> None:
+    with started("auto", "a", {}) as (transports, reasons):
+        assert list(transports) == ["inproc", "zmq"]
+        assert reasons == {}
+
+
+def test_auto_says_why_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InprocTransport, "probe", classmethod(lambda cls, options: "out of order"))
+    with started("auto", "a", {}) as (transports, reasons):
+        assert list(transports) == ["zmq"]
+        assert reasons == {"inproc": "out of order"}
+    with pytest.raises(TransportUnavailable, match="out of order"):
+        registry.start(["inproc", "zmq"], "a", {})
+    assert registry.available({})["inproc"] == "out of order"
+
+
+def test_auto_with_nothing_usable_gives_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (InprocTransport, ZmqTransport):
+        monkeypatch.setattr(kind, "probe", classmethod(lambda cls, options: f"{cls.name} is out of order"))
+    with pytest.raises(TransportUnavailable, match=r"inproc is out of order.*zmq is out of order"):
+        registry.start("auto", "a", {})
+
+
+def test_a_wrapper_serves_under_its_inner_name() -> None:
+    with started(["faulty"], "a", {"faulty": {"inner": "zmq"}}) as (ours, _), started("zmq", "b", {}) as (theirs, _):
+        assert list(ours) == ["zmq"]
+        offered = {name: transport.describe() for name, transport in ours.items()}
+        assert registry.choose(theirs, offered)[0] == "zmq"
+        assert registry.choose(ours, {"zmq": theirs["zmq"].describe()})[0] == "zmq"
+    with pytest.raises(ConfigError, match="two transports"):
+        registry.start(["faulty", "zmq"], "a", {"faulty": {"inner": "zmq"}})
+
+
+def test_names_that_do_not_exist() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'inproc'"):
+        registry.start(["inprok"], "a", {})
+    with pytest.raises(ConfigError, match="known: "):
+        registry.load("quantum")
+    for wanted in ([], ["zmq", "zmq"]):
+        with pytest.raises(ConfigError):
+            registry.start(wanted, "a", {})
+
+
+@pytest.mark.parametrize(
+    "value", ["no.such.module:X", "pd_connector.transport.base:Nothing", "pd_connector.plan:CopyPlan"]
+)
+def test_an_entry_point_that_does_not_load_is_unavailable(installed: dict[str, str], value: str) -> None:
+    installed["broken"] = value
+    reason = registry.available({})["broken"]
+    assert reason
+    assert value in reason
+    with pytest.raises(TransportUnavailable, match="broken"):
+        registry.start(["broken"], "a", {})
+
+
+def test_bad_options_are_the_users_mistake_even_with_auto() -> None:
+    with pytest.raises(ConfigError, match="host"):
+        registry.start("auto", "a", {"zmq": {"hots": ""}})
+
+
+def test_choose_gives_a_reason_for_every_other_one() -> None:
+    with started("auto", "a", {}) as (ours, _), started("auto", "b", {}) as (theirs, _):
+        offered = {name: transport.describe() for name, transport in theirs.items()}
+        assert registry.choose(ours, offered) == ("inproc", {"zmq": "inproc comes first"})
+        assert registry.choose(ours, offered, ["zmq"])[0] == "zmq"
+        name, reasons = registry.choose(ours, {**offered, "shm": b""}, ["tcp", "inproc"])
+        assert name == "inproc"
+        assert reasons == {"tcp": "not started here", "zmq": "inproc comes first", "shm": "not started here"}
+        theirs["inproc"].close()
+        name, reasons = registry.choose(ours, offered)
+        assert name == "zmq"
+        assert "no such agent" in reasons["inproc"]
+        with pytest.raises(TransportUnavailable, match=r"inproc: .*zmq: the peer does not offer it"):
+            registry.choose(ours, {"inproc": b"?"})
+        with pytest.raises(TransportUnavailable, match="neither"):
+            registry.choose({}, {})
