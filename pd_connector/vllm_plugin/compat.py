@@ -38,6 +38,12 @@ def data_parallel_rank(parallel_config: Any) -> int:
     return int(parallel_config.data_parallel_rank if index is None else index)
 
 
+def steps_in_flight(vllm_config: Any) -> int:
+    """How many steps the engine may have scheduled before it processes the first one's results."""
+    batches = getattr(vllm_config, "max_concurrent_batches", None)
+    return int(batches if batches is not None else vllm_config.parallel_config.pipeline_parallel_size + 1)
+
+
 def attention_backend(vllm_config: Any, layer: str) -> str:
     """Name of a layer's attention backend."""
     found = vllm_config.compilation_config.static_forward_context.get(layer)

@@ -32,6 +32,8 @@ class StepOrders(KVConnectorMetadata):
     """Orders of one step, to be applied in this order, each exactly once. The first list ends leases whose blocks
     somebody may overwrite in this very step."""
 
+    idle: bool = False
+    """Nothing is computed in this step, nor was in the last ones that may still be under way."""
     ends: list[tuple[int, str]] = field(default_factory=list)
     grants: list[tuple[str, Ticket]] = field(default_factory=list)
     extends: list[int] = field(default_factory=list)

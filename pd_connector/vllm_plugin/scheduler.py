@@ -61,6 +61,8 @@ class PDScheduler:
         self._lease_of: dict[str, int] = {}
         self._last_lease = 0
         self._counters: Counter[str] = Counter()
+        self._empty_steps = 0
+        self._steps_in_flight = compat.steps_in_flight(vllm_config)
         self._next_look = 0.0
         self._spoken: Counter[str] = Counter()
         self._spoken_now: Counter[str] = Counter()
@@ -240,7 +242,9 @@ class PDScheduler:
                 # The last prompt token is always computed here.
                 missing = len(new.prompt_token_ids) - 1 - int(new.num_computed_tokens)
                 self._counters["tokens_recomputed"] += max(missing, 0)
+        self._empty_steps = 0 if scheduler_output.total_num_scheduled_tokens else self._empty_steps + 1
         orders, self._orders = self._orders, StepOrders()
+        orders.idle = self._empty_steps > self._steps_in_flight
         return orders
 
     def _take(self, note: ev.Note) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 _ORDER_SECONDS = 30.0
 """How long the engine waits for an end of leases to be applied; the portal answers in milliseconds unless starved."""
 
+_IDLE_SECONDS = 0.002
+"""Longest wait in a step that computes nothing: also the longest that it delays a request which arrives meanwhile."""
+
 
 @dataclass
 class Finished:
@@ -48,6 +52,8 @@ class PDWorker:
         # Written on the portal's loop, drained by the engine's thread; deque operations are atomic.
         self._ended: deque[tuple[str, str, tuple[int, ...]]] = deque()
         self._transferred: deque[Transferred] = deque()
+        self._wake = threading.Event()
+        self._idle = False
         self._numbers: dict[str, int] = {}
         self._lease_requests: dict[int, str] = {}
         self._failed_blocks: set[int] = set()
@@ -81,6 +87,7 @@ class PDWorker:
         """Hand a step's orders over. Ends are applied before the return: this step may overwrite those blocks."""
         if self._portal is None or self._agent is None:
             return
+        self._idle = orders.idle
         if orders.ends:
             self._portal.call(self._end, orders.ends, timeout=_ORDER_SECONDS)
         if orders.grants or orders.extends or orders.aborts or orders.loads:
@@ -116,6 +123,7 @@ class PDWorker:
             logger.warning("request %s cannot be handed over: %s", request_id, error)
             del self._lease_requests[ticket.lease]
             self._ended.append(("sent", request_id, ()))
+            self._wake.set()
 
     def _load(self, load: Load) -> None:
         agent, blocks = self._agent, tuple(load.block_ids)
@@ -136,6 +144,7 @@ class PDWorker:
             self._look()
             # Failed blocks of an aborted request must never be reported: it is gone, its blocks may be another's.
             self._ended.append(("received", load.request_id, blocks if note.outcome == "failed" else ()))
+            self._wake.set()
             self._transferred.append(Transferred(note.stats, note.outcome, error, load.ticket.address))
 
         # The owner may hold more blocks than are wanted here.
@@ -153,6 +162,7 @@ class PDWorker:
         if isinstance(note, ev.LeaseEnded) and (request_id := self._lease_requests.pop(note.number, None)):
             self._look()
             self._ended.append(("sent", request_id, ()))
+            self._wake.set()
 
     def _look(self) -> None:
         """On the loop: what the agent counts changes there, another thread must not iterate over it. Looking before a
@@ -163,6 +173,13 @@ class PDWorker:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def finished(self) -> Finished:
+        """What ended since the last call. In an idle step it waits a moment for something to end: an engine that waits
+        for transfers steps over and over with nothing to compute, and takes the CPU from the very threads it waits for.
+        """
+        if self._idle and not self._ended and (self._numbers or self._lease_requests):
+            self._wake.clear()
+            if not self._ended:
+                self._wake.wait(_IDLE_SECONDS)
         out = Finished()
         while self._ended:
             kind, request_id, blocks = self._ended.popleft()
