@@ -148,6 +148,9 @@ class Data:
             return
         for piece, content, seen in samples:
             grid, block = piece.target
+            if job.watch.audited and job.rng.random() < self.node.world.script.rules.wrong_bytes:
+                self.node.world.count("pieces with wrong bytes")
+                content ^= 2**62
             self.node.memory[grid][block] = content
             self.node.world.truth.landed(job.watch, job.part, piece, seen)
         if not job.todo and not job.flying:

@@ -263,7 +263,7 @@ class Engine:
         parts = tuple(tuple(_pieces(plan)) for plan in plans)
         forged = bool(read.forge)
         promised = offer.promised[rank] if rank < len(offer.promised) else {}
-        watch = Watch(f"{fetch.name}.r{rank}", parts, promised, None if forged else offer.holding)
+        watch = Watch(f"{fetch.name}.r{rank}", parts, promised, None if forged else offer.holding, read.audit)
         number = node.core.new_id()
         for part, plan in enumerate(plans):
             node.plans[id(plan)] = (watch, part)

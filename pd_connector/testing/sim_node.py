@@ -137,6 +137,10 @@ class Node:
                 self.dialled.pop(route, None)
 
     def _digest(self, command: DigestBlocks) -> None:
+        if self.rng.random() < self.world.script.rules.digest_fails:
+            self.world.count("digests failed")
+            self.feed(Digested(command.job, None))
+            return
         blocks = [
             block for run in command.runs.tolist() for block in range(run[command.column], run[command.column] + run[2])
         ]

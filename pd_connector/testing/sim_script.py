@@ -55,6 +55,9 @@ class Rules:
     death_hangs: float = 0.0
     completion_lost: float = 0.0
     completion_repeated: float = 0.0
+    wrong_bytes: float = 0.0
+    """How likely a piece of an audited read arrives with other bytes; without an audit nothing could notice."""
+    digest_fails: float = 0.0
     fence_time: float = 0.05
     death_noticed: float = 1.0
     """How likely somebody's control connection to a process that died breaks visibly."""
@@ -269,6 +272,8 @@ def _rules(rng: random.Random) -> Rules:
         death_hangs=rng.choice((0.0, 0.5, 1.0)),
         completion_lost=rng.choice((0.0, 0.0, 0.0, 0.1)),
         completion_repeated=rng.choice((0.0, 0.3)),
+        wrong_bytes=rng.choice((0.0, 0.0, 0.05)),
+        digest_fails=rng.choice((0.0, 0.0, 0.1)),
         fence_time=rng.choice((0.01, 0.3, 2.0)),
         death_noticed=rng.choice((0.0, 0.4, 1.0)),
         limits=limits,

@@ -47,6 +47,7 @@ class Watch:
     parts: tuple[tuple[Piece, ...], ...]
     promised: dict[Cell, int]
     holding: Holding | None
+    audited: bool = False
     outcome: str = ""
     confirmed: set[int] = field(default_factory=set)
     seen: dict[tuple[int, Piece], tuple[int, Holding | None]] = field(default_factory=dict)
