@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,27 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Every command in a bash block, continued lines joined; output (console blocks) starts without "$ "."""
+    """Every command in a bash block; a console block shows output too, its commands start with "$ "."""
     out = []
     for page in pages():
-        for language, body in re.findall(r"^```(bash|console)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            lines = re.sub(r" *\\\n\s*", " ", body).splitlines()
+        text = page.read_text(encoding="utf-8")
+        for language, body in re.findall(r"^ *```(bash|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+            lines = [line.strip() for line in re.sub(r" *\\\n\s*", " ", body).splitlines()]
             if language == "console":
                 lines = [line[2:] for line in lines if line.startswith("$ ")]
-            lines = [line for line in lines if line.strip() and not line.startswith("#")]
-            out += [Command(page.relative_to(ROOT).as_posix(), line.strip()) for line in lines]
+            out += [Command(page.relative_to(ROOT).as_posix(), text) for text in _whole(lines)]
     return out
+
+
+def _whole(lines: list[str]) -> Iterator[str]:
+    """Lines joined where a quoted string goes on in the next one."""
+    text = ""
+    for line in filter(None, lines):
+        text = f"{text} {line}".strip()
+        if text.count("'") % 2 == 0:
+            yield text
+            text = ""
+    assert not text, f"a quote is never closed: {text}"
 
 
 def fields(struct: type, leave_out: tuple[str, ...] = ()) -> list[dict[str, str]]:
