@@ -31,7 +31,7 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         init_distributed_environment,
     )
 
-    from tests.plugin.engine import engine_config
+    from .engine import engine_config
 
     with set_current_vllm_config(engine_config(model, "kv_both")):
         meeting = tmp_path_factory.mktemp("ranks") / "meeting"
@@ -44,7 +44,7 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 @pytest.fixture
 def engine(model: Path, ranks: None) -> Iterator[Callable[..., Any]]:
     """``engine(role, extra, **options)``: a started MiniEngine; bytes go over ZeroMQ unless ``extra`` differs."""
-    from tests.plugin.engine import MiniEngine, engine_config
+    from .engine import MiniEngine, engine_config
 
     started: list[Any] = []
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pd_connector.testing.faults import read_events
-from tests.plugin.engine import MiniEngine
+
+from .engine import MiniEngine
 
 PREFILL = {"do_remote_decode": True}
 

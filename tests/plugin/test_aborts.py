@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from pd_connector.testing.faults import Rule, Status, read_events, write_script
-from tests.plugin.engine import reference
-from tests.plugin.pair import PREFILL, Pair, faulty, happened, words
+
+from .engine import reference
+from .pair import PREFILL, Pair, faulty, happened, words
 
 AFTER = words(77, 5)
 

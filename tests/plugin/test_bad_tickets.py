@@ -15,8 +15,9 @@ from vllm.lora.request import LoRARequest
 
 from pd_connector.demo.instance import free_port
 from pd_connector.testing.faults import Rule, write_script
-from tests.plugin.engine import reference
-from tests.plugin.pair import PREFILL, Pair, faulty, words
+
+from .engine import reference
+from .pair import PREFILL, Pair, faulty, words
 
 PROMPT = words(100)
 

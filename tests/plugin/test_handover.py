@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.plugin.engine import BLOCK, LAYERS, reference
-from tests.plugin.pair import PREFILL, Pair, words
+from .engine import BLOCK, LAYERS, reference
+from .pair import PREFILL, Pair, words
 
 BLOCK_BYTES = BLOCK * 16 * LAYERS
 

@@ -16,8 +16,9 @@ from pd_connector.protocol.params import from_params
 from pd_connector.runtime.agent import Agent
 from pd_connector.runtime.portal import Portal
 from pd_connector.testing.faults import Rule, write_script
-from tests.plugin.engine import reference
-from tests.plugin.pair import PREFILL, Pair, faulty, happened, words
+
+from .engine import reference
+from .pair import PREFILL, Pair, faulty, happened, words
 
 HOLD = Rule(action="hold", at="middle", nth=1)
 

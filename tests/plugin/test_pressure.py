@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.plugin.engine import reference
-from tests.plugin.pair import PREFILL, Pair, words
+from .engine import reference
+from .pair import PREFILL, Pair, words
 
 
 def test_preemption_on_the_decode_side(engine: Callable[..., Any]) -> None:

@@ -14,7 +14,8 @@ from pd_connector import vllm_plugin
 from pd_connector.errors import ConfigError
 from pd_connector.vllm_plugin.connector import PDConnector
 from pd_connector.vllm_plugin.settings import instance_config, worker_config
-from tests.plugin.engine import MiniEngine, engine_config
+
+from .engine import MiniEngine, engine_config
 
 
 def test_an_unknown_key_names_the_nearest(model: Path, engine: Any) -> None:

@@ -1,0 +1,95 @@
+"""Two hundred requests of every kind through the router, a quarter of them abandoned: afterwards nothing is held."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+from serving import Cluster, Gauge, body, prompt_of, until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+REQUESTS = 200
+AT_ONCE = 12
+
+
+@dataclass
+class Plan:
+    prompt: list[int]
+    tokens: int
+    stream: bool
+    leave_after: float | None
+    """Seconds after which the client leaves, wherever the request is then."""
+
+
+def plans(seed: int) -> list[Plan]:
+    chance = random.Random(seed)
+    leaving = set(chance.sample(range(REQUESTS), REQUESTS // 4))
+    return [
+        Plan(
+            prompt_of(chance.randint(1, 2000), chance.randrange(2**30)),
+            chance.randint(1, 24),
+            chance.random() < 0.5,
+            chance.uniform(0, 3.0) if index in leaving else None,
+        )
+        for index in range(REQUESTS)
+    ]
+
+
+async def perform(client: aiohttp.ClientSession, url: str, plan: Plan) -> str | None:
+    """The text of the answer; None when the client left."""
+    request = body(plan.prompt, plan.tokens, stream=plan.stream)
+
+    async def whole() -> str:
+        async with client.post(url, json=request) as answer:
+            assert answer.status == 200, (answer.status, await answer.text())
+            if not plan.stream:
+                return str((await answer.json())["choices"][0]["text"])
+            text = (await answer.read()).decode()
+            events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+            assert events[-1] == "[DONE]", text[-300:]
+            decoded: list[dict[str, Any]] = [json.loads(event) for event in events[:-1]]
+            return "".join(event["choices"][0]["text"] for event in decoded if event["choices"])
+
+    try:
+        return await asyncio.wait_for(whole(), plan.leave_after)
+    except TimeoutError:
+        return None
+
+
+def words_in(text: str) -> int:
+    return text.count("w")
+
+
+async def test_two_hundred_mixed_requests(cluster: Cluster) -> None:
+    d, p = Gauge(cluster.d), Gauge(cluster.p)
+    gate = asyncio.Semaphore(AT_ONCE)
+    timeout = aiohttp.ClientTimeout(total=300)
+    all_plans = plans(seed=6)
+
+    async def one(plan: Plan) -> str | None:
+        async with gate:
+            return await perform(client, f"{cluster.router.url}/v1/completions", plan)
+
+    async with aiohttp.ClientSession(timeout=timeout) as client:
+        answers = await asyncio.gather(*(one(plan) for plan in all_plans))
+    ended = time.monotonic()
+    await asyncio.to_thread(cluster.check_free, cluster.p, cluster.d)
+    assert time.monotonic() - ended < 6
+    for plan, answer in zip(all_plans, answers, strict=True):
+        if plan.leave_after is None:
+            assert answer is not None
+            assert words_in(answer) == plan.tokens
+    left = answers.count(None)
+    assert left >= REQUESTS // 10, "too few clients left in time for this to mean anything"
+    loads = d.event("transfers_done")
+    assert loads >= (REQUESTS - REQUESTS // 4) * 0.9, "D computed prompts itself"
+    assert d.event("transfers_failed") == 0
+    assert p.event("leases_expired") == 0
+    await asyncio.to_thread(until, lambda: p.event("leases_granted") >= loads, 5)
