@@ -142,10 +142,11 @@ class PDWorker:
                 # No rank will use what it reads under this ticket, and a pull that got no connection told nobody.
                 agent.release(load.ticket, whole=True)
             self._look()
+            # First of all, since the step that reports the end may be the last one for long.
+            self._transferred.append(Transferred(note.stats, note.outcome, error, load.ticket.address))
             # Failed blocks of an aborted request must never be reported: it is gone, its blocks may be another's.
             self._ended.append(("received", load.request_id, blocks if note.outcome == "failed" else ()))
             self._wake.set()
-            self._transferred.append(Transferred(note.stats, note.outcome, error, load.ticket.address))
 
         # The owner may hold more blocks than are wanted here.
         source = load.ticket.blocks[0][load.skip_blocks : load.skip_blocks + len(blocks)]
