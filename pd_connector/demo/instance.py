@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -22,8 +21,7 @@ from typing import Any
 from pd_connector.config import child_environment
 from pd_connector.errors import PDError
 
-_PR_SET_PDEATHSIG = 1
-_PRCTL = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may take a lock
+_GUARD = ("sh", "-c", 'read -r line; kill -s KILL -- "-$0"')
 _STOP_SECONDS = 20.0
 _KILL_SECONDS = 10.0
 
@@ -49,6 +47,7 @@ class Instance:
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    guard: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -64,8 +63,11 @@ class Instance:
                 cwd=self.log.parent,
                 env=child_environment(self.environment),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
+        # Should we die without a chance to stop it, the guard's input ends and it kills the whole group.
+        self.guard = subprocess.Popen(
+            [*_GUARD, str(self.process.pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
 
     def ready(self) -> bool:
         """Does it answer /health? Raises InstanceFailed when the process has ended."""
@@ -110,7 +112,10 @@ class Instance:
         deadline = time.monotonic() + _KILL_SECONDS
         while _group_lives(self.process.pid) and time.monotonic() < deadline:
             time.sleep(0.02)
-        self.process = None
+        if self.guard is not None:
+            self.guard.kill()
+            self.guard.communicate()
+        self.process = self.guard = None
 
     def metrics(self) -> dict[str, float]:
         """Prometheus samples: ``name{label="value",...}`` → value, and their sum by bare name."""
@@ -169,11 +174,6 @@ def vllm_instance(
 
 def vllm_available() -> bool:
     return importlib.util.find_spec("vllm") is not None
-
-
-def _die_with_parent() -> None:
-    """In the child: be killed when the parent dies, however it dies."""
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _group_lives(group: int) -> bool:

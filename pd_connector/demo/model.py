@@ -1,4 +1,4 @@
-"""A small Qwen2 model with random weights and a word-level tokenizer: nothing needs to be downloaded."""
+"""A small Qwen2 model with random weights and a byte-level tokenizer: nothing needs to be downloaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModelShape:
 
     @property
     def words(self) -> int:
-        """Token ids below this are ordinary words; behind them come the special ones."""
+        """Token ids below this are ordinary tokens; behind them come the special ones."""
         return self.vocabulary - len(_SPECIAL)
 
     @property
@@ -59,15 +59,19 @@ def build_model(directory: Path, shape: ModelShape = SMALL) -> Path:
 
 def _write(directory: Path, shape: ModelShape) -> None:
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    words = {f"w{i}": i for i in range(shape.words)}
+    # Qwen2's tokenizer is byte-level BPE whatever a saved one says. Without merges every byte of a text is one token;
+    # the other tokens only come out of the model.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = alphabet + [f"w{i}" for i in range(len(alphabet), shape.words)]
     special = {name: shape.words + i for i, name in enumerate(_SPECIAL)}
-    tokenizer = Tokenizer(models.WordLevel(words | special, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)} | special, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     fast.save_pretrained(directory)

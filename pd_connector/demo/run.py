@@ -110,7 +110,7 @@ def _show(options: Options, rows: list[Row], deployment: Deployment, console: Co
 
 def _keep(deployment: Deployment, console: Console, interrupts: Interrupts) -> None:
     """Until Ctrl-C. Raises InstanceFailed when a process ends by itself."""
-    body = '{"model": "demo", "prompt": "w1 w2 w3", "max_tokens": 16, "stream": true}'
+    body = '{"model": "demo", "prompt": "Hello", "max_tokens": 16, "stream": true}'
     line = f"curl -N {deployment.router.url}/v1/completions -H 'content-type: application/json' -d '{body}'"
     console.print(f"\nstill running, Ctrl-C stops it; try\n  {line}", markup=False, highlight=False, soft_wrap=True)
     with contextlib.suppress(KeyboardInterrupt):
