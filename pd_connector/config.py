@@ -57,6 +57,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     model: str = ""
     io_cpus: tuple[Annotated[int, Meta(ge=0)], ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that are each possible but not together."""
+        _check(self)
+
     def __repr__(self) -> str:  # keys stay out of logs
         shown = {f: getattr(self, f) for f in self.__struct_fields__ if f != "secret_key"}
         return f"Config({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
@@ -70,30 +74,26 @@ def parse(settings: Mapping[str, Any], where: str = "configuration") -> Config:
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(Config.__struct_fields__)}"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
     try:
-        config = msgspec.convert(dict(settings), Config)
-    except msgspec.ValidationError as error:
+        return msgspec.convert(dict(settings), Config)
+    except (msgspec.ValidationError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from None
-    _check(config, where)
-    return config
 
 
-def _check(config: Config, where: str) -> None:
+def _check(config: Config) -> None:
     if bool(config.public_key) != bool(config.secret_key):
-        raise ConfigError(f"{where}: public_key and secret_key go together; make a pair with 'pdc keygen'")
+        raise ConfigError("public_key and secret_key go together; make a pair with 'pdc keygen'")
     for key in (config.public_key, config.secret_key, *config.allowed_keys):
         if key and len(key) != 40:
-            raise ConfigError(
-                f"{where}: a CURVE key has 40 Z85 characters, one of yours has {len(key)}; see 'pdc keygen'"
-            )
+            raise ConfigError(f"a CURVE key has 40 Z85 characters, one of yours has {len(key)}; see 'pdc keygen'")
     if config.secret_key and not config.allowed_keys:
-        raise ConfigError(f"{where}: with a secret_key, allowed_keys must list the public keys of the peers")
+        raise ConfigError("with a secret_key, allowed_keys must list the public keys of the peers")
     if not config.secret_key and not config.insecure and not is_loopback(config.host):
         raise ConfigError(
-            f"{where}: host {config.host!r} is reachable by others and no keys are set; "
+            f"host {config.host!r} is reachable by others and no keys are set; "
             "set public_key, secret_key and allowed_keys ('pdc keygen'), or write insecure: true"
         )
     if config.lease_cap_seconds < config.lease_seconds:
-        raise ConfigError(f"{where}: lease_cap_seconds {config.lease_cap_seconds:g} is below lease_seconds")
+        raise ConfigError(f"lease_cap_seconds {config.lease_cap_seconds:g} is below lease_seconds")
 
 
 def is_loopback(host: str) -> bool:

@@ -14,6 +14,7 @@ from pd_connector.config import Config
 from pd_connector.errors import PDError
 from pd_connector.memory import Region
 from pd_connector.protocol import events as ev
+from pd_connector.runtime.side_channel import advertised_host
 from pd_connector.transport import registry
 from pd_connector.transport.base import LeaseId, Status, Transport
 
@@ -122,5 +123,5 @@ class Courier:
 
 def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     """Options per transport: what the agent's own address implies, under what ``transport_options`` says."""
-    network = {"host": config.host, "advertise": config.advertise, "cpus": list(config.io_cpus)}
+    network = {"host": config.host, "advertise": advertised_host(config), "cpus": list(config.io_cpus)}
     return {**config.transport_options, "zmq": network | config.transport_options.get("zmq", {})}

@@ -71,7 +71,8 @@ class SideChannel:
                 "choose a free port (or port 0) and an address of this host"
             ) from None
         port = self._router.getsockopt(zmq.LAST_ENDPOINT).decode().rsplit(":", 1)[1]  # type: ignore[union-attr]
-        self.address = f"tcp://{_advertised(config)}:{port}"
+        told = advertised_host(config)
+        self.address = f"tcp://{f'[{told}]' if ':' in told else told}:{port}"
         if config.public_key:
             self.address += f"#{z85.decode(config.public_key.encode()).hex()}"
         self._watch(self._router, self._drain_router)
@@ -243,11 +244,12 @@ class _AllowedKeys:
         return z85.encode(key).decode() in self._keys
 
 
-def _advertised(config: Config) -> str:
+def advertised_host(config: Config) -> str:
+    """The host that peers are told, for every socket of an agent. Raises ConfigError when there is no telling."""
     host = config.advertise or ("" if is_loopback(config.host) else engine_host_ip())
     if not host:
         host = config.host if config.host not in ("0.0.0.0", "::", "*") else _outgoing_address()
-    return f"[{host}]" if ":" in host else host
+    return host
 
 
 def _outgoing_address() -> str:
