@@ -64,7 +64,7 @@ class ProcessOwner:
             [sys.executable, "-m", __spec__.name, msgspec.json.encode([name, options, geometry, seed]).decode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+            cwd=root,  # found there even when the package is not installed
         )
         self._unread = b""
         self._description = bytes.fromhex(self._answer())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import random
+import signal
 import socket as plain_socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import zmq
 
 from pd_connector.errors import ConfigError, LocalProtocolError, TransportUnavailable
 from pd_connector.memory import BlockGrid, MemoryKind, Region
-from pd_connector.testing.owner_process import LocalOwner
+from pd_connector.testing.owner_process import LocalOwner, ProcessOwner
 from pd_connector.testing.pair import CAPABILITY, LEASE, SEED, Pair
 from pd_connector.transport.base import LeaseId, Status
 from pd_connector.transport.slices import SLICE_BYTES, SLICE_CHUNKS, SLICE_PARTS
@@ -184,6 +187,41 @@ def test_requests_at_the_bounds_are_served(pair: Pair) -> None:
             head, *frames = socket.recv_multipart()
             assert head == encode(Answer(blocks, Code.OK))
             assert sum(map(len, frames)) == blocks * parts * 512
+
+
+def test_memory_outlives_its_registration_while_frames_of_it_are_queued() -> None:
+    """A reader that takes its time gets the bytes it was promised, not whatever malloc put there since."""
+    owner = LocalOwner(ZmqTransport("owner", {}), "big", SEED)
+    owner.grant(LEASE, CAPABILITY, {0: range(64)})
+    expected = owner.arena.arrays[0][: 32 << 20].tobytes()
+    array, endpoint = weakref.ref(owner.arena.arrays[0]), decode_where(owner.describe()).endpoint
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, 1)  # so that most answers wait at the owner
+        socket.connect(endpoint)
+        for index in range(8):
+            blocks = np.arange(index * 4, index * 4 + 4, dtype=np.uint32)
+            socket.send_multipart(encode_request(Request(index, LEASE, CAPABILITY, blocks, ((0, 0, 1 << 20),))))
+        end = time.monotonic() + DEADLINE_S
+        while owner.transport.counters()["slices_served"] < 8:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        owner.transport.revoke(LEASE)
+        owner.transport.unregister()
+        del owner.arena
+        gc.collect()
+        assert array() is not None, "nothing pins the memory"
+        got = b""
+        for _ in range(8):
+            assert socket.poll(DEADLINE_S * 1000)
+            got += b"".join(socket.recv_multipart()[1:])
+        assert got == expected
+    owner.close()
+    end = time.monotonic() + DEADLINE_S
+    while array() is not None:
+        assert time.monotonic() < end, "the memory is pinned for ever"
+        gc.collect()
+        time.sleep(0.01)
 
 
 class FakeOwner:
@@ -410,3 +448,38 @@ def test_an_idle_transport_sleeps(pair: Pair) -> None:
     start = time.process_time()
     time.sleep(1.0)
     assert time.process_time() - start < 0.2
+
+
+def test_its_threads_leave_the_core_an_engine_pinned_them_to() -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("one core only")
+    before = set(os.listdir("/proc/self/task"))
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        free, pinned = ZmqTransport("free", {}), ZmqTransport("pinned", {"cpus": [max(allowed)]})
+        new = {int(task): os.sched_getaffinity(int(task)) for task in set(os.listdir("/proc/self/task")) - before}
+        free.close()
+        pinned.close()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert {frozenset(cpus) for cpus in new.values()} == {frozenset(allowed), frozenset({max(allowed)})}
+
+
+@pytest.mark.timeout(120)
+def test_a_peer_whose_host_stops_answering_is_lost() -> None:
+    """Without a FIN only the heartbeat tells: a stopped process stands in for a host that lost its power."""
+    owner, reader = ProcessOwner("zmq", {}, "big", SEED), ZmqTransport("reader", {})
+    try:
+        pair = Pair(reader, owner, "big")
+        owner.signal(signal.SIGSTOP)
+        tag, end = pair.read(pair.blocks(range(63))), time.monotonic() + 60
+        while tag not in pair.ended and time.monotonic() < end:
+            pair.pump(1.0)
+        assert pair.ended[tag].status is Status.PEER_LOST
+        owner.signal(signal.SIGCONT)
+        assert pair.wait(pair.connect()).status is Status.DONE
+        pair.settle()
+    finally:
+        reader.close()
+        owner.close()
