@@ -30,7 +30,7 @@ class HostMemory:
     def __init__(self, regions: Sequence[Region]) -> None:
         for region in regions:
             if region.kind is not MemoryKind.HOST:
-                raise LocalProtocolError(f"{region}: this transport reaches host memory only; use a staged transport")
+                raise LocalProtocolError(f"{region}: this transport reaches host memory only")
         self._bytes = [np.frombuffer(region.view(), np.uint8) for region in regions]
         self._first = [0]
         for region in regions:
