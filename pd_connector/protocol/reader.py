@@ -348,7 +348,6 @@ class Reader:
             self._give_up(transfer, error, now)
 
     def _give_up(self, transfer: Transfer, error: PDError, now: float, *, outcome: str = "failed") -> None:
-        was = transfer.state
         if not transfer.step(TransferInput.GIVE_UP):
             self._context.counters["late_events"] += 1
             return
@@ -356,18 +355,18 @@ class Reader:
         number, ticket = transfer.pull.transfer, transfer.pull.ticket
         for timer in ("transfer", "retry", "renew"):
             self._context.timers.cancel((timer, number))
-        if was is not TransferState.CONNECTING:
-            self._context.send(
-                transfer.address,
-                Release(
-                    src=self._context.incarnation,
-                    dst=transfer.incarnation,
-                    lease=ticket.lease,
-                    epoch=ticket.epoch,
-                    capability=ticket.capability,
-                    reader=self._context.identity.agent,
-                ),
-            )
+        # Also before anything was read: the owner need not hold the blocks until the lease runs out.
+        self._context.send(
+            transfer.address,
+            Release(
+                src=self._context.incarnation,
+                dst=transfer.incarnation,
+                lease=ticket.lease,
+                epoch=ticket.epoch,
+                capability=ticket.capability,
+                reader=self._context.identity.agent,
+            ),
+        )
         for tag in transfer.tags:
             self._context.emit(Cancel(transfer.transport, tag))
         self._context.timers.set(("settle", number), now + self._context.limits.settle)

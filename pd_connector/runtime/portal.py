@@ -48,6 +48,7 @@ class Portal:
 
     def call(self, function: Callable[..., T], *args: Any, timeout: float = 10.0) -> T:
         """Run a function on the loop and wait for its result. Raises what it raises, TimeoutError when it is late."""
+        self._check(waiting=True)
 
         async def run() -> T:
             return function(*args)
@@ -55,9 +56,7 @@ class Portal:
         return self.run(run(), timeout=timeout)
 
     def run(self, awaitable: Awaitable[T], *, timeout: float) -> T:
-        self._check()
-        if threading.current_thread() is self._thread:
-            raise LocalProtocolError("a portal cannot wait for itself: call it from another thread")
+        self._check(waiting=True)
 
         async def bounded() -> T:
             return await asyncio.wait_for(awaitable, timeout)
@@ -73,8 +72,10 @@ class Portal:
         if not self._thread.is_alive():
             self._loop.close()
 
-    def _check(self) -> None:
+    def _check(self, *, waiting: bool = False) -> None:
         if os.getpid() != self._pid:
             raise LocalProtocolError("this portal was made before a fork: make a new one in the child")
         if self._loop.is_closed():
             raise LocalProtocolError("this portal is closed")
+        if waiting and threading.current_thread() is self._thread:
+            raise LocalProtocolError("a portal cannot wait for itself: call it from another thread")
