@@ -42,6 +42,7 @@ def test_preemption_on_the_prefill_side(engine: Callable[..., Any]) -> None:
         return prompts.keys() <= pair.decode.ended.keys() and "long" in pair.prefill.ended
 
     pair.until(hand_over, seconds=30)
+    assert any(request.num_preemptions for request in pair.prefill._requests.values())
     for name, prompt in prompts.items():
         assert pair.decode.tokens[name] == reference(prompt, 3), name
     assert pair.prefill.tokens["long"] == reference(words(60, 9), 60)

@@ -33,7 +33,7 @@ TIE = 0.2
 READY_SECONDS = 300.0
 
 
-def prompt_of(length: int, seed: int = 0) -> list[int]:
+def prompt_of(length: int, seed: int | str = 0) -> list[int]:
     return random.Random(f"{length} {seed}").choices(range(VOCABULARY), k=length)
 
 
@@ -218,7 +218,8 @@ class Cluster:
             write_script(script)
 
     def corrupt(self, name: str) -> None:
-        write_script(self.scripts[name], Rule(action="corrupt", nth=1))
+        """Flip a byte of the next read."""
+        write_script(self.scripts[name], Rule(action="corrupt", nth=1, id=str(self._events(name, "corrupted"))))
 
     def heal(self) -> None:
         for script in self.scripts.values():

@@ -44,10 +44,11 @@ def test_killed_prefill_instance(cluster: Cluster, kill: Callable[[Cluster], Non
     """Both decode instances read when P dies: D recomputes, F says so; both serve on, with and without a new P.
 
     Afterwards P is started at its old address: new tickets are read without a restart of D, old ones are refused."""
-    prompts = [prompt_of(900, seed) for seed in (210, 211)]
+    name = kill.__name__
+    prompts = [prompt_of(900, f"{name} {seed}") for seed in range(2)]
     plain = cluster.plain(prompts[0], 8)
     tickets = [prefill(cluster.p, prompt) for prompt in prompts]
-    unread = prompt_of(500, seed=212)
+    unread = prompt_of(500, f"{name} 212")
     stale = prefill(cluster.p, unread)
     d, f = Gauge(cluster.d), Gauge(cluster.f)
     with cluster.holding("D") as wait_d, cluster.holding("F") as wait_f:
@@ -63,13 +64,13 @@ def test_killed_prefill_instance(cluster: Cluster, kill: Callable[[Cluster], Non
     d.wait(5, transfers_failed=1, tokens_recomputed=899)
     f.wait(5, transfers_failed=1)
     cluster.check_free(cluster.d, cluster.f)
-    alone = prompt_of(200, seed=213)
+    alone = prompt_of(200, f"{name} 213")
     same(ask(cluster.d, alone, 6), cluster.plain(alone, 6))
 
     assert cluster.p.process is not None
     cluster.p.process.wait(60)
     cluster.ensure()
-    again = prompt_of(600, seed=214)
+    again = prompt_of(600, f"{name} 214")
     before = Gauge(cluster.d)
     same(ask(cluster.d, again, 6, prefill(cluster.p, again)), cluster.plain(again, 6))
     before.wait(5, transfers_done=1, transfers_failed=0)
@@ -77,7 +78,7 @@ def test_killed_prefill_instance(cluster: Cluster, kill: Callable[[Cluster], Non
     same(ask(cluster.d, unread, 6, stale), cluster.plain(unread, 6))
     assert time.monotonic() - asked < 10, "an old ticket is refused, not waited for"
     before.wait(5, transfers_done=1, tokens_recomputed=499)
-    newer = prompt_of(600, seed=215)
+    newer = prompt_of(600, f"{name} 215")
     same(ask(cluster.d, newer, 6, prefill(cluster.p, newer)), cluster.plain(newer, 6))
     before.wait(5, transfers_done=2)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
+from collections import deque
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import aiohttp
 import pytest
-from serving import Cluster, Gauge, body, prompt_of, until
+from serving import Cluster, Gauge, body, prompt_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -24,8 +27,8 @@ class Plan:
     prompt: list[int]
     tokens: int
     stream: bool
-    leave_after: float | None
-    """Seconds after which the client leaves, wherever the request is then."""
+    leave_at: float | None
+    """When the client leaves, in lifetimes of a request as they are at that moment: at any stage."""
 
 
 def plans(seed: int) -> list[Plan]:
@@ -36,15 +39,15 @@ def plans(seed: int) -> list[Plan]:
             prompt_of(chance.randint(1, 2000), chance.randrange(2**30)),
             chance.randint(1, 24),
             chance.random() < 0.5,
-            chance.uniform(0, 3.0) if index in leaving else None,
+            chance.random() if index in leaving else None,
         )
         for index in range(REQUESTS)
     ]
 
 
-async def perform(client: aiohttp.ClientSession, url: str, plan: Plan) -> str | None:
+async def perform(client: aiohttp.ClientSession, url: str, plan: Plan, lifetimes: deque[float]) -> str | None:
     """The text of the answer; None when the client left."""
-    request = body(plan.prompt, plan.tokens, stream=plan.stream)
+    request = body(plan.prompt, plan.tokens, stream=plan.stream, skip_special_tokens=False)
 
     async def whole() -> str:
         async with client.post(url, json=request) as answer:
@@ -57,14 +60,17 @@ async def perform(client: aiohttp.ClientSession, url: str, plan: Plan) -> str | 
             decoded: list[dict[str, Any]] = [json.loads(event) for event in events[:-1]]
             return "".join(event["choices"][0]["text"] for event in decoded if event["choices"])
 
+    begun = time.monotonic()
     try:
-        return await asyncio.wait_for(whole(), plan.leave_after)
+        answer = await asyncio.wait_for(whole(), None if plan.leave_at is None else plan.leave_at * mean(lifetimes))
     except TimeoutError:
         return None
+    lifetimes.append(time.monotonic() - begun)
+    return answer
 
 
 def words_in(text: str) -> int:
-    return text.count("w")
+    return len(re.findall(r"w\d+|<[^>]+>", text))
 
 
 async def test_two_hundred_mixed_requests(cluster: Cluster) -> None:
@@ -72,10 +78,11 @@ async def test_two_hundred_mixed_requests(cluster: Cluster) -> None:
     gate = asyncio.Semaphore(AT_ONCE)
     timeout = aiohttp.ClientTimeout(total=300)
     all_plans = plans(seed=6)
+    lifetimes = deque([0.5], maxlen=20)
 
     async def one(plan: Plan) -> str | None:
         async with gate:
-            return await perform(client, f"{cluster.router.url}/v1/completions", plan)
+            return await perform(client, f"{cluster.router.url}/v1/completions", plan, lifetimes)
 
     async with aiohttp.ClientSession(timeout=timeout) as client:
         answers = await asyncio.gather(*(one(plan) for plan in all_plans))
@@ -83,13 +90,14 @@ async def test_two_hundred_mixed_requests(cluster: Cluster) -> None:
     await asyncio.to_thread(cluster.check_free, cluster.p, cluster.d)
     assert time.monotonic() - ended < 6
     for plan, answer in zip(all_plans, answers, strict=True):
-        if plan.leave_after is None:
+        if plan.leave_at is None:
             assert answer is not None
             assert words_in(answer) == plan.tokens
     left = answers.count(None)
-    assert left >= REQUESTS // 10, "too few clients left in time for this to mean anything"
-    loads = d.event("transfers_done")
-    assert loads >= (REQUESTS - REQUESTS // 4) * 0.9, "D computed prompts itself"
-    assert d.event("transfers_failed") == 0
+    assert left >= REQUESTS // 8, "too few clients left in time for this to mean anything"
+    done = d.event("transfers_done")
+    assert done >= 0.9 * (REQUESTS - REQUESTS // 4), "D computed prompts itself"
+    # When a client leaves, P hears of it from the router, maybe before D has heard and stopped reading.
+    assert d.event("transfers_failed") <= left
+    assert p.event("leases_granted") >= done
     assert p.event("leases_expired") == 0
-    await asyncio.to_thread(until, lambda: p.event("leases_granted") >= loads, 5)

@@ -73,6 +73,7 @@ def test_a_client_of_the_decode_instance_leaves_while_it_reads(cluster: Cluster,
     with cluster.holding("D", at) as wait:
         call = Call(cluster.d, body(prompt, 20, ticket, cache_salt=at))
         wait()
+        until(lambda: leases(cluster.p) == 1, 5)
         call.leave()
         left = time.monotonic()
         until(lambda: not leases(cluster.p), 5)
@@ -89,12 +90,13 @@ def test_a_client_leaves_while_its_answer_is_decoded(cluster: Cluster) -> None:
     cluster.check_free()
 
 
-def test_a_client_leaves_in_mid_prefill(cluster: Cluster) -> None:
-    for seed in (112, 113):
-        call = Call(cluster.p, body(prompt_of(2800, seed), 1, {"do_remote_decode": True}))
-        until(lambda: cluster.p.metrics()["vllm:num_requests_running"] > 0, 20)
+def test_clients_of_the_prefill_instance_leave(cluster: Cluster) -> None:
+    """In the queue, in mid-prefill, or when the ticket is on its way: nobody releases that one, so its lease runs."""
+    for step in range(6):
+        call = Call(cluster.p, body(prompt_of(2800, seed=150 + step), 1, {"do_remote_decode": True}))
+        time.sleep(0.03 * step)
         call.leave()
-    cluster.check_free(seconds=LEASE_SECONDS - 2)
+    cluster.check_free(seconds=LEASE_SECONDS + 5)
 
 
 def test_a_client_of_the_router_leaves_between_prefill_and_decode(cluster: Cluster) -> None:
@@ -119,6 +121,7 @@ def test_a_client_of_the_router_leaves_while_decode_reads(cluster: Cluster) -> N
     with cluster.holding("D") as wait:
         call = Call(cluster.router, body(prompt_of(700, seed=115), 20))
         wait()
+        until(lambda: leases(cluster.p) == 1, 5)
         call.leave()
         left = time.monotonic()
         until(lambda: not leases(cluster.p), 5)
@@ -128,6 +131,7 @@ def test_a_client_of_the_router_leaves_while_decode_reads(cluster: Cluster) -> N
 
 async def test_a_ticket_that_any_agent_gives_back(cluster: Cluster) -> None:
     ticket = await asyncio.to_thread(prefill, cluster.p, prompt_of(700, seed=116))
+    await asyncio.to_thread(until, lambda: leases(cluster.p) == 1, 5)
     async with Agent() as agent:
         agent.release(from_params(ticket), whole=True)
         released = time.monotonic()
@@ -149,7 +153,7 @@ def silent() -> Iterator[int]:
 
 @pytest.mark.parametrize("case", ["capability", "incarnation", "nobody listens", "never answers"])
 def test_tickets_that_lead_nowhere(cluster: Cluster, silent: int, case: str) -> None:
-    prompt = prompt_of(300, seed=120)
+    prompt = prompt_of(300, seed=f"120 {case}")
     ticket = prefill(cluster.p, prompt)
     wrong = copy.deepcopy(ticket)
     match case:
@@ -163,20 +167,16 @@ def test_tickets_that_lead_nowhere(cluster: Cluster, silent: int, case: str) -> 
             wrong["remote_port"] = silent
     d = Gauge(cluster.d)
     started = time.monotonic()
-    same(ask(cluster.d, prompt, 6, wrong, cache_salt=None), cluster.plain(prompt, 6))
+    same(ask(cluster.d, prompt, 6, wrong), cluster.plain(prompt, 6))
     assert time.monotonic() - started < 25
     d.wait(5, transfers_failed=1, tokens_recomputed=299)
-    # The right ticket is still good: nobody but its owner and whoever has its capability can end a lease.
-    if case in ("capability", "incarnation"):
-        assert leases(cluster.p) == 1 or time.monotonic() - started > LEASE_SECONDS / 2
 
 
 def test_an_expired_ticket(cluster: Cluster) -> None:
     prompt = prompt_of(300, seed=121)
     ticket = prefill(cluster.p, prompt)
     p = Gauge(cluster.p)
-    until(lambda: not leases(cluster.p), LEASE_SECONDS + 5)
-    p.wait(5, leases_expired=1)
+    p.wait(LEASE_SECONDS + 5, leases_expired=1)
     d = Gauge(cluster.d)
     same(ask(cluster.d, prompt, 6, ticket), cluster.plain(prompt, 6))
     d.wait(5, tokens_recomputed=299)
@@ -193,6 +193,7 @@ def test_a_prefill_instance_stopped_beyond_the_lease(cluster: Cluster) -> None:
     with cluster.holding("D") as wait:
         answer = Later(cluster.d, prompt, 8, ticket)
         wait()
+        until(lambda: leases(cluster.p) == 1, 5)
         cluster.p.signal(signal.SIGSTOP)
         time.sleep(LEASE_SECONDS + 1)  # the lease runs on P's clock, which nobody can hurry
         cluster.p.signal(signal.SIGCONT)
