@@ -17,7 +17,7 @@ from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Limits
 
 LAYERS, BLOCKS, BYTES = 3, 32, 4096
-QUICK = Limits(hello=1.0, retry=0.1, park=0.3, settle=0.3)
+QUICK = Limits(hello=20.0, retry=0.1, park=0.3, settle=0.3)
 
 
 def zmq_only(**settings: object) -> Config:
@@ -215,7 +215,8 @@ async def test_a_peer_that_never_answers_costs_one_deadline() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        async with pair() as (p, _, d, _):
+        async with pair() as (p, _, _, _), Agent(zmq_only(), name="D", limits=Limits(hello=1.0)) as d:
+            d.register(list(cache()))
             port = silent.getsockname()[1]
             ticket = msgspec.structs.replace(p.lease([1]), address=f"tcp://127.0.0.1:{port}")
             with pytest.raises(TransferFailed, match=r"did not finish HELLO within 1 s; check that it runs"):
@@ -229,7 +230,7 @@ async def test_nobody_listens() -> None:
             port = free.getsockname()[1]
         ticket = msgspec.structs.replace(p.lease([1]), address=f"tcp://127.0.0.1:{port}")
         with pytest.raises(TransferFailed):
-            await asyncio.wait_for(d.pull(ticket, [0]), 10)
+            await asyncio.wait_for(d.pull(ticket, [0], timeout=2), 10)
 
 
 async def test_a_port_in_use_is_named() -> None:

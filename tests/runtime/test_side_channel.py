@@ -30,7 +30,7 @@ from pd_connector.protocol.messages import (
 
 FRAMES = 100_000
 GROWTH = 10 * 2**20
-QUICK = Limits(hello=1.0, retry=0.1)
+QUICK = Limits(hello=20.0, retry=0.1)
 
 
 def resident() -> int:
@@ -133,7 +133,7 @@ async def pull_between(p_config: Config, d_config: Config) -> None:
     async with Agent(p_config, name="P", limits=QUICK) as p, Agent(d_config, name="D", limits=QUICK) as d:
         p.register(list(source))
         d.register(list(destination))
-        await asyncio.wait_for(d.pull(p.lease([1]), [2], timeout=5), 10)
+        await asyncio.wait_for(d.pull(p.lease([1]), [2], timeout=20), 30)
         assert (destination[0, 2] == 5).all()
 
 
