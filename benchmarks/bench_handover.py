@@ -145,7 +145,7 @@ def measure(rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
             instance.wait_ready(READY_SECONDS)
             # vLLM's own first request is slow whatever the connector: it is not what is asked here.
             instance.post("/v1/completions", {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 2})
-        raised = all([machine.raise_priority(x.process.pid) for x in (p, d) if x.process])
+        raised = all(machine.raise_priority(x.process.pid) for x in (p, d) if x.process)
         raised = machine.raise_priority(os.getpid()) and raised
         ours, bare, blockwise = [], [], []
         for round_number in range(rounds + 1):
