@@ -27,14 +27,16 @@ BLOCKS = 32
 LAYERS = 4
 BLOCK_BYTES = BLOCK * 2 * 64 * 4  # of one layer: kv heads x head size x (K + V) x bfloat16
 LEASE_SECONDS = 6.0
-VOCABULARY = 2000
+VOCABULARY = range(256, 2000)
+"""Tokens of prompts: those below are single bytes, of which vLLM makes odd texts."""
+LOGPROBS = {"logprobs": 2, "return_tokens_as_token_ids": True}
 TIE = 0.2
 """Log-probabilities nearer than this are a tie: D's first token comes from a decode kernel, not from prefill's."""
 READY_SECONDS = 300.0
 
 
 def prompt_of(length: int, seed: int | str = 0) -> list[int]:
-    return random.Random(f"{length} {seed}").choices(range(VOCABULARY), k=length)
+    return random.Random(f"{length} {seed}").choices(VOCABULARY, k=length)
 
 
 @dataclass
@@ -44,6 +46,17 @@ class Answer:
     margins: list[float]
     """Log-probability of each token, and how far behind the second best was."""
 
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> Answer:
+        """Of the first choice of a response to a request with LOGPROBS."""
+        found = answer["choices"][0]["logprobs"]
+        margins = [
+            best - min(top.values()) for best, top in zip(found["token_logprobs"], found["top_logprobs"], strict=True)
+        ]
+        return cls(
+            [int(token.removeprefix("token_id:")) for token in found["tokens"]], found["token_logprobs"], margins
+        )
+
 
 def body(prompt: Sequence[int], tokens: int, ticket: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     out = {"model": "demo", "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}
@@ -52,14 +65,7 @@ def body(prompt: Sequence[int], tokens: int, ticket: Mapping[str, Any] | None = 
 
 def ask(server: Instance, prompt: Sequence[int], tokens: int, ticket: Any = None, **more: Any) -> Answer:
     """Decode; with ``ticket`` from its blocks."""
-    got = server.post(
-        "/v1/completions", body(prompt, tokens, ticket, logprobs=2, return_tokens_as_token_ids=True, **more)
-    )
-    found = got["choices"][0]["logprobs"]
-    margins = []
-    for best, top in zip(found["token_logprobs"], found["top_logprobs"], strict=True):
-        margins.append(best - min([*top.values()]))
-    return Answer([int(t.removeprefix("token_id:")) for t in found["tokens"]], found["token_logprobs"], margins)
+    return Answer.of(server.post("/v1/completions", body(prompt, tokens, ticket, **LOGPROBS, **more)))
 
 
 def prefill(server: Instance, prompt: Sequence[int], **more: Any) -> dict[str, Any]:
