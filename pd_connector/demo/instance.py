@@ -153,11 +153,18 @@ def vllm_instance(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Instance:
-    """A vLLM server for ``model``. ``core`` pins it to one CPU core, ``extra`` is our kv_connector_extra_config."""
+    """A vLLM server for ``model``. ``core`` pins all of its processes to one CPU core, ``extra`` is our
+    kv_connector_extra_config.
+
+    Engines that wait spin, and a spinning thread yields only to threads of its own session: without the pin, each
+    instance's engine core would take half of the other one's core away from its I/O threads."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "8192", *arguments]
+    if core is not None:
+        command = ["taskset", "--cpu-list", str(core), *command]
+        extra = {"io_cpus": [core], **(extra or {})}
     if role:
         transfer = {
             "kv_connector": "PDConnector",
