@@ -35,9 +35,10 @@ from pd_connector.transport.zmq_wire import (
     encode_request,
 )
 
-WINDOW_BYTES = 16 << 20
+WINDOW_BYTES = 4 << 20
 WINDOW_SLICES = 32
-"""In flight per peer; the bytes bound what libzmq may buffer, the count keeps many small slices below its queue."""
+"""In flight per peer. The bytes bound what libzmq may buffer; they are few, so that what it received is still in the
+caches when it is copied on. The count keeps many small slices below libzmq's queue."""
 
 _LOST = (
     zmq.EVENT_DISCONNECTED

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _ORDER_SECONDS = 30.0
 """How long the engine waits for an end of leases to be applied; the portal answers in milliseconds unless starved."""
 
-_IDLE_SECONDS = 0.002
+_IDLE_SECONDS = 0.005
 """Longest wait in a step that computes nothing: also the longest that it delays a request which arrives meanwhile."""
 
 
