@@ -223,7 +223,11 @@ class Reader:
             event = recv_monitor_message(link.monitor, zmq.NOBLOCK)
         except zmq.Again:
             return
-        if event["event"] & _LOST:
+        if event["event"] & _LOST == 0:
+            return
+        if peer.connect_tag is None and not link.pending and not peer.queues:
+            self._close_link(peer)  # nobody was reading: the next read opens another, and fails if nobody answers
+        else:
             state = "lost" if peer.connect_tag is None else "cannot be reached"
             self._lose(peer, Status.PEER_LOST, f"peer {peer.id} at {peer.where.endpoint} {state}: connection closed")
 
