@@ -180,27 +180,29 @@ def test_requests_at_the_bounds_are_served(pair: Pair) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(endpoint)
+        size = SLICE_BYTES // SLICE_CHUNKS
         for blocks, parts in ((SLICE_CHUNKS, 1), (SLICE_CHUNKS // SLICE_PARTS, SLICE_PARTS)):
             ids = np.arange(blocks, dtype=np.uint32) % 48
-            socket.send_multipart(encode_request(Request(blocks, LEASE, CAPABILITY, ids, ((0, 0, 512),) * parts)))
+            socket.send_multipart(encode_request(Request(blocks, LEASE, CAPABILITY, ids, ((0, 0, size),) * parts)))
             assert socket.poll(DEADLINE_S * 1000)
             head, *frames = socket.recv_multipart()
             assert head == encode(Answer(blocks, Code.OK))
-            assert sum(map(len, frames)) == blocks * parts * 512
+            assert sum(map(len, frames)) == blocks * parts * size == SLICE_BYTES
 
 
 def test_memory_outlives_its_registration_while_frames_of_it_are_queued() -> None:
     """A reader that takes its time gets the bytes it was promised, not whatever malloc put there since."""
     owner = LocalOwner(ZmqTransport("owner", {}), "big", SEED)
     owner.grant(LEASE, CAPABILITY, {0: range(64)})
-    expected = owner.arena.arrays[0][: 32 << 20].tobytes()
+    each = SLICE_BYTES >> 20  # blocks of 1 MiB in a slice
+    expected = owner.arena.arrays[0][: 8 * SLICE_BYTES].tobytes()
     array, endpoint = weakref.ref(owner.arena.arrays[0]), decode_where(owner.describe()).endpoint
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, 1)  # so that most answers wait at the owner
         socket.connect(endpoint)
         for index in range(8):
-            blocks = np.arange(index * 4, index * 4 + 4, dtype=np.uint32)
+            blocks = np.arange(index * each, (index + 1) * each, dtype=np.uint32)
             socket.send_multipart(encode_request(Request(index, LEASE, CAPABILITY, blocks, ((0, 0, 1 << 20),))))
         end = time.monotonic() + DEADLINE_S
         while owner.transport.counters()["slices_served"] < 8:
