@@ -57,8 +57,8 @@ def coalesce(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Runs:
     Raises LocalProtocolError when the lists differ in length, hold ids outside 0..2**32-1 or name a destination twice
     (two writers of one block could leave either one's bytes).
     """
-    src = _ids(src_blocks, "source")
-    dst = _ids(dst_blocks, "destination")
+    src = block_ids(src_blocks, "source")
+    dst = block_ids(dst_blocks, "destination")
     if len(src) != len(dst):
         raise LocalProtocolError(f"{len(src)} source blocks but {len(dst)} destination blocks")
     if len(np.unique(dst)) != len(dst):
@@ -93,7 +93,8 @@ def split_layers(plan: CopyPlan, grids: Sequence[GridRef]) -> list[CopyPlan]:
     return [CopyPlan(plan.runs, tuple(patterns)) for _, patterns in sorted(by_layer.items())]
 
 
-def _ids(blocks: Sequence[int], side: str) -> npt.NDArray[np.int64]:
+def block_ids(blocks: Sequence[int], side: str) -> npt.NDArray[np.int64]:
+    """Block ids as an array. Raises LocalProtocolError for anything but a flat list of integers in 0..2**32-1."""
     ids: npt.NDArray[Any] = np.asarray(blocks)
     if ids.size == 0:
         return np.zeros(0, np.int64)

@@ -128,6 +128,7 @@ class Dialer:
 
     def _probed(self, session: Session, message: Welcome, now: float) -> None:
         if message.src == session.incarnation:
+            session.adopt(message)
             session.step(SessionInput.UNCHANGED)
             self._ready(session, now)
             return

@@ -74,6 +74,11 @@ class Answer:
     compared: int = 0
 
 
+Asked = tuple[int, int, int, int, int, bytes]
+"""What a COMMIT asked: (reader's incarnation, transfer, part, lease, epoch, capability). All of it, because transfer
+numbers repeat in the next incarnation, and nobody may leave an answer about one lease where another asks for it."""
+
+
 class Unknown(StrEnum):
     """Why a lease is not in the table."""
 
@@ -89,7 +94,7 @@ class LeaseTable:
         self._leases: dict[int, Lease] = {}
         self._ended: OrderedDict[int, tuple[float, tuple[int, str]]] = OrderedDict()
         """Of an ended lease only the epoch and the reason are kept, not its blocks."""
-        self._answers: OrderedDict[tuple[int, int, int], tuple[float, Answer]] = OrderedDict()
+        self._answers: OrderedDict[Asked, tuple[float, Answer]] = OrderedDict()
         self._highest = 0
         self._max_leases = max_leases
         self._remember_seconds = remember_seconds
@@ -143,13 +148,12 @@ class LeaseTable:
     def all(self) -> list[Lease]:
         return list(self._leases.values())
 
-    def remember(self, reader: int, transfer: int, part: int, answer: Answer, now: float) -> None:
-        """``reader`` is the incarnation that asked: transfer numbers repeat in the next one."""
-        self._answers[reader, transfer, part] = (now, answer)
+    def remember(self, asked: Asked, answer: Answer, now: float) -> None:
+        self._answers[asked] = (now, answer)
         self._forget(self._answers, now)
 
-    def recall(self, reader: int, transfer: int, part: int) -> Answer | None:
-        entry = self._answers.get((reader, transfer, part))
+    def recall(self, asked: Asked) -> Answer | None:
+        entry = self._answers.get(asked)
         return entry[1] if entry else None
 
     def _forget(self, memory: OrderedDict[Any, tuple[float, Any]], now: float) -> None:

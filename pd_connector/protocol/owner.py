@@ -18,7 +18,7 @@ from pd_connector.protocol.events import (
     LeaseRenewed,
     RevokeBlocks,
 )
-from pd_connector.protocol.lease import Answer, Lease, LeaseInput, LeaseState, LeaseTable, Unknown
+from pd_connector.protocol.lease import Answer, Asked, Lease, LeaseInput, LeaseState, LeaseTable, Unknown
 from pd_connector.protocol.messages import (
     DIGEST_BYTES,
     MAX_WORDS,
@@ -122,7 +122,7 @@ class Owner:
         )
 
     def request(self, route: str, message: LeaseRequest, now: float) -> None:
-        if isinstance(message, Commit) and (answer := self.table.recall(message.src, message.transfer, message.part)):
+        if isinstance(message, Commit) and (answer := self.table.recall(_asked(message))):
             self._context.counters["commits_repeated"] += 1
             self._verdict(route, message, answer)
             return
@@ -179,8 +179,7 @@ class Owner:
         if message.audit is None:
             self._decide(route, message, lease, Answer(True), now)
             return
-        asked = (message.src, message.transfer, message.part)
-        if any((m.src, m.transfer, m.part) == asked for _, m, _ in self._jobs.values()):
+        if any(_asked(m) == _asked(message) for _, m, _ in self._jobs.values()):
             return  # a repeat while the digests of the first one are still being computed
         problem = self._audit_problem(message, lease)
         if problem:
@@ -197,7 +196,7 @@ class Owner:
         assert audit is not None
         if len(self._jobs) >= self._context.limits.max_digest_jobs:
             return "audit: too many digests are being computed here (max_digest_jobs)"
-        if layout is None or len(audit.runs) % 12:
+        if layout is None or len(audit.runs) % 12 or not audit.grids:
             return "audit: malformed"
         runs = np.frombuffer(audit.runs, "<u4").reshape(-1, 3).astype(np.int64)
         parts = [group for group, part in enumerate(layout.groups) for _ in part.part_bytes]
@@ -233,7 +232,7 @@ class Owner:
             self._decide(route, message, lease, Answer(True, "", compared), now)
 
     def _decide(self, route: str, message: Commit, lease: Lease, answer: Answer, now: float) -> None:
-        self.table.remember(message.src, message.transfer, message.part, answer, now)
+        self.table.remember(_asked(message), answer, now)
         self._context.counters["commits_held" if answer.held else "commits_not_held"] += 1
         self._verdict(route, message, answer)
         if message.final:
@@ -305,6 +304,10 @@ class Owner:
     def give_up_parked(self, ticket: int) -> None:
         if (entry := self._parked.pop(ticket, None)) is not None:
             self._not_held(*entry)
+
+
+def _asked(message: Commit) -> Asked:
+    return (message.src, message.transfer, message.part, message.lease, message.epoch, message.capability)
 
 
 def _first_difference(ours: bytes, message: Commit) -> str:

@@ -53,14 +53,15 @@ def from_params(params: Mapping[str, Any]) -> Ticket:
     try:
         host = str(params["remote_host"])
         field = "remote_port"
-        port = int(params["remote_port"])
+        port = _port(params["remote_port"])
         field = KEY
         ours = params[KEY]
         server_key = str(ours.get("server_key") or "")
         host = f"[{host}]" if ":" in host else host
         field = f"{KEY}.capability"
         capability = bytes.fromhex(ours["capability"])
-        if len(capability) != CAPABILITY_BYTES or not 0 < port < 65536 or not host or len(host) + len(server_key) > 200:
+        named = host and host.isascii() and server_key.isascii() and len(host) + len(server_key) <= 200
+        if len(capability) != CAPABILITY_BYTES or not 0 < port < 65536 or not named:
             raise ValueError("out of range")
         field = "remote_block_ids"
         groups = params["remote_block_ids"]
@@ -80,10 +81,16 @@ def from_params(params: Mapping[str, Any]) -> Ticket:
             tokens=tokens,
             key=bytes.fromhex(ours["key"])[:64],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # Whatever a client may have written: it must cost its own request a recomputation and nobody anything else.
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise RemoteProtocolError(
             f"kv_transfer_params: {field}: {type(error).__name__} {error}; pass on what the prefill instance returned"
         ) from None
+
+
+def _port(value: Any) -> int:
+    """Routers may have made a string of it."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else _number(value, 65536)
 
 
 def _number(value: Any, limit: int) -> int:

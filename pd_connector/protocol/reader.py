@@ -75,6 +75,7 @@ class Reader:
         self.transfers[event.transfer] = transfer
         self._context.counters["transfers"] += 1
         self._context.timers.set(("transfer", event.transfer), transfer.deadline)
+        self._context.timers.set(("renew", event.transfer), now + self._context.limits.renew)
         self.dialer.attach(event.transfer, ticket.address, ticket.incarnation, now)
 
     def abort(self, number: int, reason: str, now: float) -> None:
@@ -109,13 +110,17 @@ class Reader:
             named = transfer.pull.ticket.address
             if endpoint is None or transfer.address != named or endpoint.address == named:
                 why = f"{session.who} does not name an agent with memory as rank {transfer.pull.rank}"
-                self._give_up(transfer, LayoutMismatch(why), now)
+                # It may not have known its ranks yet when it said hello: the next pull asks again.
+                self.dialer.data_lost(session.address, session.peer, LayoutMismatch(why), now)
+                self.session_failed(number, LayoutMismatch(why), now)
                 return
             transfer.address, transfer.incarnation = endpoint.address, endpoint.incarnation
             self.dialer.attach(number, endpoint.address, endpoint.incarnation, now)
             return
         if not session.transport:
-            self._give_up(transfer, TransportUnavailable("any", f"{session.who} offers no transport"), now)
+            error = TransportUnavailable("any", f"{session.who} offers no transport")
+            self.dialer.data_lost(session.address, session.peer, error, now)
+            self.session_failed(number, error, now)
             return
         transfer.step(TransferInput.PEER_READY)
         transfer.ready_at = now
@@ -123,7 +128,6 @@ class Reader:
         session.active.add(number)
         self._send_open(transfer)
         self._context.timers.set(("retry", number), now + self._context.limits.retry)
-        self._context.timers.set(("renew", number), now + self._context.limits.renew)
         self._advance(transfer, now)
 
     def _send_open(self, transfer: Transfer) -> None:
@@ -321,7 +325,7 @@ class Reader:
 
     def renew(self, number: int, now: float) -> None:
         transfer = self.transfers.get(number)
-        if transfer is None or transfer.state not in (TransferState.READING, TransferState.CONFIRMING):
+        if transfer is None or transfer.state is TransferState.SETTLING:
             return
         ticket = transfer.pull.ticket
         self._context.send(

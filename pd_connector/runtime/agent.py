@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections import Counter, deque
@@ -11,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from pd_connector.config import Config
 from pd_connector.errors import LocalProtocolError, TransferFailed
 from pd_connector.layout import KVLayout
 from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
-from pd_connector.plan import CopyPlan, plan_blocks, split_layers
+from pd_connector.plan import CopyPlan, block_ids, plan_blocks, split_layers
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
@@ -50,12 +53,13 @@ class Agent:
         incarnation = secrets.randbits(63) | 1
         self.core = Core(Identity(name or f"agent-{incarnation:016x}", incarnation, self.config.model), limits)
         self._on_note = on_note
-        self._side_channel = SideChannel(self.config, self._on_frame, self._on_lost)
+        self._side_channel = SideChannel(self.config, self._on_frame, self._on_lost, self._hangup_if_unused)
         self._courier: Courier | None = None
         self._grids: tuple[GridRef, ...] = ()
         self._views: list[memoryview] = []
         self._events: deque[ev.Event] = deque()
         self._handling = False
+        self._failures: Counter[str] = Counter()
         self._tick: asyncio.TimerHandle | None = None
         self._pulls: dict[int, tuple[Callable[[ev.TransferEnded], None], Callable[[int], None]]] = {}
         self._lease_ends: dict[int, asyncio.Future[str]] = {}
@@ -91,6 +95,9 @@ class Agent:
     async def close(self) -> None:
         """End every lease and pull, tell the peers, free everything. Idempotent."""
         if self._closed:
+            return
+        if not self.address:  # never started
+            self._closed = True
             return
         self._feed(ev.Close())
         if self._courier is not None:
@@ -172,7 +179,7 @@ class Agent:
 
         The blocks must not change until the lease has ended (``lease_ended``). Raises LocalProtocolError.
         """
-        groups = [blocks] if not len(blocks) or isinstance(blocks[0], int) else blocks
+        groups = _groups(blocks)
         self._last_lease += 1
         ticket = Ticket(
             address=self.address,
@@ -180,7 +187,7 @@ class Agent:
             lease=self._last_lease,
             epoch=1,
             capability=secrets.token_bytes(CAPABILITY_BYTES),
-            blocks=tuple(tuple(group) for group in groups),  # type: ignore[arg-type]
+            blocks=groups,
             tokens=tokens,
             key=key,
         )
@@ -195,18 +202,24 @@ class Agent:
             limit = min((ref.grid.num_blocks for ref in self._grids if ref.grid.group == group), default=0)
             if self._courier is not None and ids and max(ids) >= limit:
                 raise LocalProtocolError(f"block {max(ids)} cannot be leased: group {group} has {limit} blocks")
-        self._handle(
-            ev.Grant(
-                ticket.lease,
-                ticket.epoch,
-                ticket.capability,
-                dict(enumerate(ticket.blocks)),
-                readers,
-                seconds or self.config.lease_seconds,
-                max(seconds or 0, self.config.lease_cap_seconds),
-            )
+        event = ev.Grant(
+            ticket.lease,
+            ticket.epoch,
+            ticket.capability,
+            dict(enumerate(ticket.blocks)),
+            readers,
+            seconds or self.config.lease_seconds,
+            max(seconds or 0, self.config.lease_cap_seconds),
         )
+        if ticket.lease in self._lease_ends:
+            raise LocalProtocolError(f"lease {ticket.lease} is held already")
+        # Before the grant: a request that came earlier than it may end the lease within.
         self._lease_ends[ticket.lease] = self._loop.create_future()
+        try:
+            self._handle(event)
+        except LocalProtocolError:
+            del self._lease_ends[ticket.lease]
+            raise
 
     def end(self, lease: int, reason: str) -> None:
         """Take leased blocks back: on return no verdict "held" can be given for them any more."""
@@ -242,8 +255,9 @@ class Agent:
         LocalProtocolError for ids that do not fit."""
         if self._courier is None:
             raise LocalProtocolError("register memory before pulling into it")
-        groups = [blocks] if not len(blocks) or isinstance(blocks[0], int) else blocks
-        parts = self._plan(ticket, groups, skip_blocks, by_layer)  # type: ignore[arg-type]
+        if skip_blocks < 0:
+            raise LocalProtocolError(f"skip_blocks must not be negative, got {skip_blocks}")
+        parts = self._plan(ticket, _groups(blocks), skip_blocks, by_layer)
         if self.config.audit:
             most = max(plan.num_blocks * len(plan.patterns) for plan in parts)
             if most * DIGEST_BYTES > MAX_FRAME // 2:
@@ -286,7 +300,7 @@ class Agent:
             return _stats_of(await asyncio.shield(future))
         except asyncio.CancelledError:
             self.abort(number, "the pull was cancelled")
-            await asyncio.wait([future])
+            await _patiently(future)
             raise
 
     async def pull_layers(
@@ -294,9 +308,13 @@ class Agent:
     ) -> AsyncIterator[int]:
         """Like ``pull``, yielding the number of each layer as soon as its bytes may be used."""
         queue: asyncio.Queue[int | ev.TransferEnded] = asyncio.Queue()
-        number = self.start_pull(
-            ticket, blocks, by_layer=True, on_end=queue.put_nowait, on_part=queue.put_nowait, **options
-        )
+        over: asyncio.Future[ev.TransferEnded] = self._loop.create_future()
+
+        def ended(note: ev.TransferEnded) -> None:
+            over.set_result(note)
+            queue.put_nowait(note)
+
+        number = self.start_pull(ticket, blocks, by_layer=True, on_end=ended, on_part=queue.put_nowait, **options)
         item: int | ev.TransferEnded = -1
         try:
             while isinstance(item := await queue.get(), int):
@@ -304,8 +322,8 @@ class Agent:
         finally:
             if isinstance(item, int):
                 self.abort(number, "the caller stopped taking layers")
-                while isinstance(item, int):
-                    item = await queue.get()
+                await _patiently(over)
+                item = over.result()
         _stats_of(item)
 
     def release(self, ticket: Ticket, *, whole: bool = False) -> None:
@@ -323,7 +341,7 @@ class Agent:
 
     def counters(self) -> Counter[str]:
         """Monotonic counts of everything that happened to this agent."""
-        total = self.core.counters + self._side_channel.counters
+        total = self.core.counters + self._side_channel.counters + self._failures
         return total + self._courier.counters() if self._courier is not None else total
 
     def gauges(self) -> dict[str, int]:
@@ -340,6 +358,12 @@ class Agent:
 
     def _on_lost(self, address: str, reason: str) -> None:
         self._feed(ev.Disconnected(address, reason))
+        self._hangup_if_unused(address)
+
+    def _hangup_if_unused(self, address: str) -> None:
+        """Releases and renewals are sent without a session; nobody else would ever hang up."""
+        if address not in self.core.reader.dialer.sessions:
+            self._side_channel.hangup(address)
 
     def _feed(self, event: ev.Event) -> None:
         """Handle an event that cannot be refused, now or after the ones being handled."""
@@ -378,25 +402,33 @@ class Agent:
             self._tick = self._loop.call_at(deadline, self._feed, ev.Tick())
 
     def _execute(self, commands: list[ev.Command]) -> None:
+        """Carry commands out in order. One that fails costs itself alone: behind it may stand the end of a lease."""
         for command in commands:
-            match command:
-                case ev.Send(route, message):
-                    self._side_channel.send_message(route, message)
-                case ev.Hangup(route):
-                    self._side_channel.hangup(route)
-                case ev.DigestBlocks():
-                    self._loop.create_task(self._digest(command))
-                case ev.Notify(note):
-                    self._note(note)
-                case _:
-                    if self._courier is not None:
-                        self._courier.carry_out(command, self.core.new_id)
+            try:
+                self._carry_out(command)
+            except Exception:
+                self._failures["commands_failed"] += 1
+                logger.exception("%s failed", type(command).__name__)
+
+    def _carry_out(self, command: ev.Command) -> None:
+        match command:
+            case ev.Send(route, message):
+                self._side_channel.send_message(route, message)
+            case ev.Hangup(route):
+                self._side_channel.hangup(route)
+            case ev.DigestBlocks():
+                self._loop.create_task(self._digest(command))
+            case ev.Notify(note):
+                self._note(note)
+            case _:
+                if self._courier is not None:
+                    self._courier.carry_out(command, self.core.new_id)
 
     async def _digest(self, command: ev.DigestBlocks) -> None:
         args = (self._views, self._grids, command.grids, command.runs, command.column)
         try:
             digests: bytes | None = await self._loop.run_in_executor(self._background, digest_blocks, *args)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # whatever it is, whoever asked must get an answer
             logger.warning("digest of %d grids failed: %s", len(command.grids), error)
             digests = None
         self._feed(ev.Digested(command.job, digests))
@@ -417,6 +449,20 @@ class Agent:
                 pass
         if self._on_note is not None:
             self._on_note(note)
+
+
+def _groups(blocks: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Block ids per KV cache group, from a list of ids or a list of such lists."""
+    nested = len(blocks) > 0 and isinstance(blocks[0], Sequence | np.ndarray) and not isinstance(blocks[0], str)
+    groups: Any = blocks if nested else [blocks]
+    return tuple(tuple(block_ids(group, "given").tolist()) for group in groups)
+
+
+async def _patiently(future: asyncio.Future[ev.TransferEnded]) -> None:
+    """Wait for the end even when cancelled again: until then somebody may write into the destination."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
 
 
 def _ignore(_: object) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from pd_connector.config import Config
-from pd_connector.errors import PDError
 from pd_connector.memory import Region
 from pd_connector.protocol import events as ev
 from pd_connector.runtime.side_channel import advertised_host
@@ -57,8 +56,11 @@ class Courier:
     def close(self) -> None:
         """May block for the transports' own bounded time; on return nothing writes into our regions any more."""
         for transport in self._transports.values():
-            self._loop.call_soon_threadsafe(self._loop.remove_reader, transport.fileno())
-            transport.close()
+            try:
+                self._loop.call_soon_threadsafe(self._loop.remove_reader, transport.fileno())
+                transport.close()
+            except Exception:
+                logger.exception("transport %s did not close", transport.name)
 
     def carry_out(self, command: ev.Command, new_id: Callable[[], int]) -> None:
         match command:
@@ -79,21 +81,29 @@ class Courier:
             case ev.Fence(peer, name, tag):
                 self._post(name, tag, "fence", peer, tag)
             case ev.GrantBlocks(number, epoch, capability, blocks):
-                arrays = {group: np.asarray(ids, np.uint32) for group, ids in blocks.items()}
-                for transport in self._transports.values():
-                    transport.grant(LeaseId(number, epoch), capability, arrays)
+                self._grant(LeaseId(number, epoch), capability, blocks)
             case ev.RevokeBlocks(number, epoch):
                 for transport in self._transports.values():
                     transport.revoke(LeaseId(number, epoch))
             case _:
                 raise AssertionError(f"not a data command: {command}")
 
+    def _grant(self, lease: LeaseId, capability: bytes, blocks: dict[int, tuple[int, ...]]) -> None:
+        """A lease that cannot be served is ended: its reader is told, and its blocks come back."""
+        arrays = {group: np.asarray(ids, np.uint32) for group, ids in blocks.items()}
+        try:
+            for transport in self._transports.values():
+                transport.grant(lease, capability, arrays)
+        except Exception as error:
+            logger.exception("lease %d cannot be served", lease.number)
+            self._feed(ev.End(lease.number, f"it cannot be served: {error}"))
+
     def _post(self, name: str, tag: int, method: str, *args: Any) -> None:
         """A call that ends in a completion; a refusal is one too."""
         try:
             getattr(self._transports[name], method)(*args)
-        except PDError as error:
-            self._feed(ev.Completed(tag, Status.ERROR, str(error)))
+        except Exception as error:  # of a user's transport too
+            self._feed(ev.Completed(tag, Status.ERROR, f"{type(error).__name__}: {error}"))
 
     def _connect(self, peer: str, remote: dict[str, bytes], tag: int) -> None:
         try:
@@ -104,7 +114,7 @@ class Courier:
             self._connecting[tag] = (peer, name)
             self._peers[peer] = name
             self._transports[name].connect(peer, remote[name], tag)
-        except PDError as error:
+        except Exception as error:
             self._connecting.pop(tag, None)
             self._feed(ev.Connected(peer, error=str(error)))
 

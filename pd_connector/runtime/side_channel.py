@@ -28,20 +28,29 @@ logger = logging.getLogger(__name__)
 INCOMING = "in:"
 _BATCH = 64  # frames handled per wake-up, so that a flood does not starve the loop
 _MAX_DIALLED = 1024
+_SOCKETS_PER_DIAL = 3  # libzmq's: the connection, and both ends of its monitor
 _QUEUE = 4096  # frames per connection
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 
 class SideChannel:
-    """``on_frame(route, frame)`` and ``on_lost(route, reason)`` are called on the loop that ``start`` ran on."""
+    """``on_frame(route, frame)``, ``on_lost(address, reason)`` for a connection that broke, and
+    ``on_unreachable(address)`` for an attempt to connect that failed and will be repeated, are called on the loop that
+    ``start`` ran on."""
 
     def __init__(
-        self, config: Config, on_frame: Callable[[str, bytes], None], on_lost: Callable[[str, str], None]
+        self,
+        config: Config,
+        on_frame: Callable[[str, bytes], None],
+        on_lost: Callable[[str, str], None],
+        on_unreachable: Callable[[str], None],
     ) -> None:
         self._config = config
         self._on_frame = on_frame
         self._on_lost = on_lost
+        self._on_unreachable = on_unreachable
         self._context = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, _SOCKETS_PER_DIAL * (_MAX_DIALLED + 2) + 16)
         self._auth: zmq.auth.thread.ThreadAuthenticator | None = None
         self._dialled: OrderedDict[str, tuple[zmq.Socket[bytes], zmq.Socket[bytes]]] = OrderedDict()
         self._router: zmq.Socket[bytes] | None = None
@@ -150,23 +159,24 @@ class SideChannel:
             self.counters["dials_refused"] += 1
             self._loop.call_soon(self._on_lost, address, problem)
             return None
-        dealer = self._socket(zmq.DEALER)
-        if key:
-            dealer.curve_serverkey = z85.encode(bytes.fromhex(key))
-        monitor: zmq.Socket[bytes] = dealer.get_monitor_socket(_LOST)
+        if len(self._dialled) >= _MAX_DIALLED:
+            self.hangup(next(iter(self._dialled)))
+        dealer: zmq.Socket[bytes] | None = None
         try:
+            dealer = self._socket(zmq.DEALER)
+            if key:
+                dealer.curve_serverkey = z85.encode(bytes.fromhex(key))
+            monitor: zmq.Socket[bytes] = dealer.get_monitor_socket(_LOST | zmq.EVENT_CLOSED)
             dealer.connect(endpoint)
         except zmq.ZMQError as error:
-            dealer.disable_monitor()
-            monitor.close(0)
-            dealer.close(0)
-            self._loop.call_soon(self._on_lost, address, f"not an address: {error}")
+            if dealer is not None:
+                dealer.disable_monitor()
+                dealer.close(0)
+            self._loop.call_soon(self._on_lost, address, f"cannot be dialled: {error}")
             return None
         self._dialled[address] = (dealer, monitor)
         self._watch(dealer, lambda: self._drain_dealer(address))
         self._watch(monitor, lambda: self._drain_monitor(address))
-        if len(self._dialled) > _MAX_DIALLED:
-            self.hangup(next(iter(self._dialled)))
         return dealer
 
     def _key_problem(self, key: str) -> str:
@@ -229,8 +239,11 @@ class SideChannel:
             event = recv_monitor_message(pair[1], zmq.NOBLOCK)
         except zmq.ZMQError:
             return
-        reason = "the peer closed it" if event["event"] == zmq.EVENT_DISCONNECTED else "the peer refused our keys"
-        self._on_lost(address, reason)
+        if event["event"] == zmq.EVENT_CLOSED:
+            self._on_unreachable(address)
+        else:
+            lost = event["event"] == zmq.EVENT_DISCONNECTED
+            self._on_lost(address, "the peer closed it" if lost else "the peer refused our keys")
         self._loop.call_soon(self._drain_monitor, address)
 
 

@@ -6,6 +6,7 @@ ended is therefore quiet at once: answers that still arrive for it are dropped.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from pd_connector.transport.zmq_wire import (
     encode,
     encode_request,
 )
+
+log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 4 << 20
 WINDOW_SLICES = 32
@@ -97,6 +100,14 @@ class Reader:
         handler = self._handlers.get(socket)  # type: ignore[call-overload]
         if handler is not None:
             handler()
+
+    def _guard(self, handler: Callable[[_Peer, _Link], None], peer: _Peer, link: _Link) -> None:
+        """A mistake of ours that one peer brings out costs that peer, not the thread that serves them all."""
+        try:
+            handler(peer, link)
+        except Exception as error:
+            log.exception("peer %s is given up", peer.id)
+            self._lose(peer, Status.ERROR, f"peer {peer.id}: {type(error).__name__}: {error}")
 
     def connect(self, peer_id: PeerId, where: Where, tag: int) -> None:
         self.disconnect(peer_id)
@@ -179,11 +190,13 @@ class Reader:
         try:
             answer = decode_answer(head.buffer)
             if isinstance(answer, Pong):
+                if sum(1 for _ in frames):
+                    raise RemoteProtocolError("a pong with frames")
                 self._on_pong(peer, link, answer)
             else:
                 self._on_slice(link, answer, frames)
-            for _ in frames:
-                pass  # of a read that has ended
+                for _ in frames:
+                    pass  # of a read that has ended
         except RemoteProtocolError as error:
             self.counters["malformed_answers"] += 1
             self._lose(peer, Status.ERROR, f"peer {peer.id} broke the protocol: {error}")
@@ -268,8 +281,8 @@ class Reader:
             self._lose(peer, Status.PEER_LOST, f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}")
             return None
         peer.link = link
-        self._handlers[link.socket] = lambda: self._on_answer(peer, link)
-        self._handlers[link.monitor] = lambda: self._on_monitor(peer, link)
+        self._handlers[link.socket] = lambda: self._guard(self._on_answer, peer, link)
+        self._handlers[link.monitor] = lambda: self._guard(self._on_monitor, peer, link)
         self._poller.register(link.socket, zmq.POLLIN)
         self._poller.register(link.monitor, zmq.POLLIN)
         return link

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from pd_connector.errors import LocalProtocolError, PDError
+from pd_connector.errors import LocalProtocolError, PDError, TransferFailed
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.agent import Agent
@@ -121,9 +121,9 @@ class PDWorker:
             self._agent.grant(ticket)
         except LocalProtocolError as error:
             logger.warning("request %s cannot be handed over: %s", request_id, error)
-            del self._lease_requests[ticket.lease]
-            self._ended.append(("sent", request_id, ()))
-            self._wake.set()
+            if self._lease_requests.pop(ticket.lease, None) is not None:
+                self._ended.append(("sent", request_id, ()))
+                self._wake.set()
 
     def _load(self, load: Load) -> None:
         agent, blocks = self._agent, tuple(load.block_ids)
@@ -153,8 +153,10 @@ class PDWorker:
         ticket = msgspec.structs.replace(load.ticket, blocks=(source,))
         try:
             number = agent.start_pull(ticket, blocks, rank=self._rank, on_end=ended)
-        except PDError as error:
-            ended(ev.TransferEnded(0, "failed", error, blocks))
+        except Exception as error:  # an engine that is never told waits for ever
+            if not over:
+                cause = error if isinstance(error, PDError) else TransferFailed(f"{type(error).__name__}: {error}")
+                ended(ev.TransferEnded(0, "failed", cause, blocks))
             return
         if not over:
             self._numbers[load.request_id] = number

@@ -348,3 +348,92 @@ def test_tickets_keep_their_capability_out_of_logs() -> None:
     assert b"secret".hex() not in repr(ticket)
     assert Ticket.from_bytes(ticket.to_bytes()) == ticket
     assert "KEY" not in repr(Config(public_key="p" * 40, secret_key="KEY" + "s" * 37, allowed_keys=("a" * 40,)))
+
+
+@pytest.mark.parametrize("blocks", [[-1], [1.5], ["a"], [[1], "b"], [2**40], [[[1]]]])
+async def test_what_is_no_block_id_is_refused_and_leases_nothing(blocks: list[object]) -> None:
+    async with pair() as (p, _, _, _):
+        with pytest.raises(LocalProtocolError):
+            p.lease(blocks)  # type: ignore[arg-type]
+        assert p.gauges()["leases"] == 0
+
+
+async def test_ids_may_be_numpy_arrays() -> None:
+    async with pair() as (p, source, d, destination):
+        await d.pull(p.lease(np.array([3, 4])), np.array([5, 6]))  # type: ignore[arg-type]
+        assert (destination[:, [5, 6]] == source[:, [3, 4]]).all()
+        with pytest.raises(LocalProtocolError, match="skip_blocks"):
+            await d.pull(p.lease([3, 4]), [5], skip_blocks=-1)
+
+
+async def test_a_pull_that_is_cancelled_twice_still_waits_for_quiet() -> None:
+    async with pair() as (p, _, d, destination):
+        d._courier._transports["zmq"].cancel = lambda tag: None  # type: ignore[union-attr, method-assign]
+        task = asyncio.create_task(d.pull(p.lease(list(range(BLOCKS))), list(range(BLOCKS))))
+        while d.gauges()["transfers_active"] == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert d.gauges()["transfers_quarantined"] == 0
+        destination[:] = 77
+        await asyncio.sleep(0.3)
+        assert (destination == 77).all()
+
+
+async def test_a_release_that_came_before_its_grant_ends_the_lease() -> None:
+    async with pair() as (p, _, d, _):
+        ticket = msgspec.structs.replace(p.lease([1]), lease=2)
+        d.release(ticket, whole=True)
+        await asyncio.sleep(0.1)
+        p.grant(ticket)
+        assert await asyncio.wait_for(p.lease_ended(ticket), 5)
+        assert p.gauges()["leases"] == 1
+
+
+async def test_a_command_that_fails_costs_itself_alone() -> None:
+    async with pair() as (p, _, d, _):
+        await d.pull(p.lease([1]), [1])
+        transport = p._courier._transports["zmq"]  # type: ignore[union-attr]
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("broken")
+
+        transport.revoke = broken  # type: ignore[method-assign]
+        ticket = p.lease([2])
+        ended = asyncio.create_task(p.lease_ended(ticket))
+        await asyncio.sleep(0)
+        p.end(ticket.lease, "preempted")
+        assert await asyncio.wait_for(ended, 5) == "preempted"
+        assert p.counters()["commands_failed"] == 1
+        transport.grant = broken  # type: ignore[method-assign]
+        unserved = p.lease([3])
+        assert "before" in await p.lease_ended(unserved)
+        assert p.gauges()["leases"] == 0
+
+
+async def test_an_owner_that_was_not_ready_is_asked_again() -> None:
+    async with pair() as (p, source, d, destination), Agent(zmq_only(), name="speaker", limits=QUICK) as speaker:
+        where = {"address": speaker.address, "incarnation": speaker.incarnation}
+        with pytest.raises(TransferFailed, match="offers no transport"):
+            await d.pull(msgspec.structs.replace(p.lease([4]), **where), [4])
+        speaker.speak_for([p.endpoint()])
+        await d.pull(msgspec.structs.replace(p.lease([5]), **where), [4])
+        assert (destination[:, 4] == source[:, 5]).all()
+
+
+async def test_a_thousand_addresses_leave_no_connection_behind() -> None:
+    async with pair() as (p, _, d, _):
+        ticket = p.lease([1])
+        for port in range(20000, 21000):
+            d.release(msgspec.structs.replace(ticket, address=f"tcp://127.0.0.1:{port}"))
+            if port % 50 == 0:
+                await asyncio.sleep(0.05)
+        for _ in range(100):
+            if len(d._side_channel._dialled) < 5:
+                break
+            await asyncio.sleep(0.1)
+        assert len(d._side_channel._dialled) < 5
+        await d.pull(p.lease([2]), [2])
