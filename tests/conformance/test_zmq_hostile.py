@@ -229,9 +229,14 @@ def test_memory_outlives_its_registration_while_frames_of_it_are_queued() -> Non
 class FakeOwner:
     """A ROUTER that answers each read request with whatever ``reply`` makes of it."""
 
-    def __init__(self, reply: Callable[[Read, list[bytes]], list[list[bytes]]], instance: bytes = b"i" * 16) -> None:
+    def __init__(
+        self,
+        reply: Callable[[Read, list[bytes]], list[list[bytes]]],
+        instance: bytes = b"i" * 16,
+        extra: tuple[bytes, ...] = (),
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.reply, self.instance = reply, instance
+        self.reply, self.instance, self.extra = reply, instance, extra
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
@@ -247,7 +252,7 @@ class FakeOwner:
             peer, head, *rest = self.socket.recv_multipart()
             message = msgspec.msgpack.decode(head, type=Ping | Read)
             if isinstance(message, Ping):
-                self.socket.send_multipart([peer, encode(Pong(message.nonce, self.instance))])
+                self.socket.send_multipart([peer, encode(Pong(message.nonce, self.instance)), *self.extra])
             else:
                 for frames in self.reply(message, rest):
                     self.socket.send_multipart([peer, *frames])
@@ -485,3 +490,20 @@ def test_a_peer_whose_host_stops_answering_is_lost() -> None:
     finally:
         reader.close()
         owner.close()
+
+
+@pytest.mark.parametrize("instance", [b"i" * 16, b"x" * 16])
+def test_a_pong_with_frames_costs_its_sender_alone(instance: bytes) -> None:
+    reader = ZmqTransport("reader", {})
+    bad, good = FakeOwner(lambda *_: [], instance, (b"more",)), FakeOwner(lambda *_: [])
+    try:
+        for tag, (name, owner) in enumerate((("bad", bad), ("good", good)), 1):
+            reader.connect(name, owner.describe(), tag)
+            end = time.monotonic() + DEADLINE_S
+            while not (completions := reader.poll(1)):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert (completions[0].status is Status.DONE) == (name == "good")
+    finally:
+        for closing in (reader, bad, good):
+            closing.close()

@@ -148,6 +148,7 @@ def runs(*rows: tuple[int, int, int]) -> bytes:
     ("audit", "words"),
     [
         (m.Audit(b"odd", (0,), b""), "malformed"),
+        (m.Audit(runs((0, 0, 2**32 - 1)), (), b""), "malformed"),
         (m.Audit(runs((1, 7, 1)), (2,), b"x" * 8), "grid that does not exist"),
         (m.Audit(runs((1, 7, 1)), (0,), b"x" * 7), "number of digests"),
         (m.Audit(runs((1, 7, 2**32 - 1)), (0,), b"x" * 8), "number of digests"),

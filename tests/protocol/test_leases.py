@@ -405,3 +405,14 @@ def test_renewing_what_is_not_there(bench: Bench) -> None:
     (answer,) = ask(bench, owner, renew)
     assert isinstance(answer, m.Renewed)
     assert not answer.held
+
+
+def test_an_answer_about_one_lease_is_none_about_another(bench: Bench) -> None:
+    """Whoever holds a live lease cannot leave a "held" behind for a transfer of somebody else."""
+    owner = bench.agent("p")
+    owner.grant(1)
+    owner.grant(2)
+    assert verdict(bench, owner, commit(owner, transfer=5, lease=1, final=False)).held
+    owner.feed(ev.End(2, "preempted"))
+    assert not verdict(bench, owner, commit(owner, transfer=5, lease=2)).held
+    assert verdict(bench, owner, commit(owner, transfer=5, lease=1, final=False)).held
