@@ -229,17 +229,15 @@ def test_memory_outlives_its_registration_while_frames_of_it_are_queued() -> Non
 class FakeOwner:
     """A ROUTER that answers each read request with whatever ``reply`` makes of it."""
 
-    extra: tuple[bytes, ...] = ()
+    extra: tuple[bytes, ...] = ()  # frames behind a pong
 
     def __init__(self, reply: Callable[[Read, list[bytes]], list[list[bytes]]], instance: bytes = b"i" * 16) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.reply, self.instance = reply, instance
         self.socket = self.context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.LINGER, 0)
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         self.where = msgspec.msgpack.encode(Where(VERSION, f"tcp://127.0.0.1:{port}", b"i" * 16))
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.stop, self.thread = threading.Event(), threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
 
     def serve(self) -> None:
@@ -495,9 +493,8 @@ def test_a_pong_with_frames_costs_its_sender_alone(instance: bytes) -> None:
     bad.extra = (b"more",)
     for tag, owner in enumerate((bad, good)):
         reader.connect(str(tag), owner.describe(), tag)
-        end = time.monotonic() + DEADLINE_S
         while not (completions := reader.poll(1)):
-            assert time.monotonic() < end
+            time.sleep(0.01)  # the suite's own deadline ends this
         assert (completions[0].status is Status.DONE) == (owner is good)
     for closing in (reader, bad, good):
         closing.close()
