@@ -91,10 +91,10 @@ def cpu_seconds(instance: Instance) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def slices(instance: Instance) -> float:
-    """Slices that P has served; with blocks in a row each is one frame."""
+def frames_served(instance: Instance) -> float:
+    """Frames of block memory that P has sent."""
     events = instance.metrics()
-    return sum(value for key, value in events.items() if "events_total{" in key and '"zmq_slices_served"' in key)
+    return sum(value for key, value in events.items() if "events_total{" in key and '"zmq_frames_served"' in key)
 
 
 def hand_over(p: Instance, d: Instance, tokens: int, seed: int) -> dict[str, float]:
@@ -102,7 +102,7 @@ def hand_over(p: Instance, d: Instance, tokens: int, seed: int) -> dict[str, flo
     chance = random.Random(seed)
     prompt = [chance.randrange(WIDE_KV.vocabulary - 3) for _ in range(tokens)]
     body = {"model": "demo", "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-    before, served, cpu = d.metrics(), slices(p), cpu_seconds(p) + cpu_seconds(d)
+    before, served, cpu = d.metrics(), frames_served(p), cpu_seconds(p) + cpu_seconds(d)
     start = time.perf_counter()
     first = p.post("/v1/completions", {**body, "kv_transfer_params": {"do_remote_decode": True}})
     middle = time.perf_counter()
@@ -127,7 +127,7 @@ def hand_over(p: Instance, d: Instance, tokens: int, seed: int) -> dict[str, flo
         "p_leg": middle - start,
         "d_leg": end - middle,
         "cpu": cpu,
-        "frames": slices(p) - served,
+        "frames": frames_served(p) - served,
         "gbps": moved / delta["vllm:pdc_xfer_time_seconds_sum"] / 1e9,
     }
 
@@ -145,8 +145,6 @@ def measure(rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
             instance.wait_ready(READY_SECONDS)
             # vLLM's own first request is slow whatever the connector: it is not what is asked here.
             instance.post("/v1/completions", {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 2})
-        raised = all(machine.raise_priority(x.process.pid) for x in (p, d) if x.process)
-        raised = machine.raise_priority(os.getpid()) and raised
         ours, bare, blockwise = [], [], []
         for round_number in range(rounds + 1):
             ours.append(hand_over(p, d, tokens, round_number))
@@ -168,7 +166,6 @@ def measure(rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
         "tokens": tokens,
         "bytes": int(first["bytes"]),
         "frames": [int(r["frames"]) for r in later],
-        "raised_priority": raised,
         "rounds": rounds,
         "gbps": machine.spread([r["gbps"] for r in later]),
         "bare_gbps": machine.spread(bare[1:]),

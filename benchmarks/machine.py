@@ -34,16 +34,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def raise_priority(pid: int) -> bool:
-    """Let a session of processes run before other work on a shared machine; needs root. Plain nice values count only
-    within a session where the kernel groups sessions automatically."""
-    try:
-        Path(f"/proc/{pid}/autogroup").write_text("-20")
-    except OSError:
-        return False
-    return True
-
-
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """Median, minimum and maximum."""
     rounded = [round(f(values), digits) for f in (statistics.median, min, max)]

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from pd_connector.errors import LocalProtocolError
 
+_MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
+_MADV_COLLAPSE = 25
+_HUGE = 2 << 20
+_PIECE = 64 << 20
+"""Bytes between two looks whether to go on; a multiple of _HUGE."""
 
 
 class MemoryKind(StrEnum):
@@ -74,14 +79,24 @@ class Region:
         buffer.keepalive = self.keepalive  # type: ignore[attr-defined]
         return memoryview(buffer).cast("B")
 
-    def populate(self) -> None:
-        """Fault every page of a host region in, keeping its contents, so that the first read into it is as fast as the
-        later ones. Does nothing where the kernel cannot (before Linux 5.14)."""
-        if self.kind is MemoryKind.HOST:
-            page = mmap.PAGESIZE
-            start = self.address // page * page
-            length = -(-(self.address + self.length - start) // page) * page
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+    def populate(self, going: Callable[[], bool] = lambda: True) -> None:
+        """Fault every page of a host region in, keeping its contents, and gather the pages into huge ones, so that the
+        first read into it is as fast as the later ones and copies do not wait for the page tables (235 MB took 21 to 33
+        ms instead of 55 to 62). What the kernel cannot do (populate before Linux 5.14, collapse before 6.1, huge pages
+        switched off) stays undone. Takes about a second per GiB and stops early when ``going`` says no."""
+        if self.kind is not MemoryKind.HOST:
+            return
+        start = self.address // mmap.PAGESIZE * mmap.PAGESIZE
+        end = -(-(self.address + self.length) // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise = ctypes.CDLL(None).madvise
+        for at in range(start // _PIECE * _PIECE, end, _PIECE):
+            if not going():
+                return
+            low, high = max(at, start), min(at + _PIECE, end)
+            # Collapsing waits for a worker thread of the kernel on every CPU: not for what holds no huge page.
+            huge = high // _HUGE > -(-low // _HUGE)
+            for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE) if huge else (_MADV_POPULATE_WRITE,):
+                advise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), advice)
 
 
 @dataclass(frozen=True, slots=True)

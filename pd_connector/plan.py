@@ -52,8 +52,9 @@ class CopyPlan:
 
 
 def coalesce(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Runs:
-    """Merge pairs of block ids that advance together into runs; order is kept.
+    """Merge pairs of block ids that advance together into as few runs as there can be, in order of destination.
 
+    The order in which blocks are read means nothing, and engines hand freed blocks out again last one first.
     Raises LocalProtocolError when the lists differ in length, hold ids outside 0..2**32-1 or name a destination twice
     (two writers of one block could leave either one's bytes).
     """
@@ -61,10 +62,12 @@ def coalesce(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Runs:
     dst = block_ids(dst_blocks, "destination")
     if len(src) != len(dst):
         raise LocalProtocolError(f"{len(src)} source blocks but {len(dst)} destination blocks")
-    if len(np.unique(dst)) != len(dst):
-        raise LocalProtocolError("a destination block is named twice in one transfer")
     if not len(src):
         return np.zeros((0, 3), np.uint32)
+    order = np.argsort(dst, kind="stable")  # linear in ids that rise or fall
+    src, dst = src[order], dst[order]
+    if (dst[1:] == dst[:-1]).any():
+        raise LocalProtocolError("a destination block is named twice in one transfer")
     breaks = np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1
     starts = np.concatenate(([0], breaks))
     counts = np.diff(np.concatenate((starts, [len(src)])))

@@ -156,7 +156,7 @@ class Agent:
         self._grids = order_grids(regions)
         self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
         for region in regions:
-            self._loop.run_in_executor(self._background, region.populate)
+            self._loop.run_in_executor(None, region.populate, lambda: not self._closed)
         self._courier = Courier(self.config, self.name, regions, self._loop, self._feed)
         self.core.identity = replace(
             self.core.identity,

@@ -41,7 +41,14 @@ class Owner:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], bind: str, instance: bytes, grants: Grants) -> None:
         self.memory = HostMemory(())
-        self.counters = {"bytes_served": 0, "slices_served": 0, "refused": 0, "malformed": 0, "answers_dropped": 0}
+        self.counters = {
+            "bytes_served": 0,
+            "slices_served": 0,
+            "frames_served": 0,
+            "refused": 0,
+            "malformed": 0,
+            "answers_dropped": 0,
+        }
         self._grants, self._instance = grants, instance
         self._last_line, self._unsaid = -LOG_INTERVAL_S, 0
         self.socket = context.socket(zmq.ROUTER)
@@ -95,6 +102,7 @@ class Owner:
         frames = memory.load(request.blocks, request.parts)
         if self._send([peer, encode(Answer(request.serial, Code.OK)), *(frame.data for frame in frames)]):
             self.counters["slices_served"] += 1
+            self.counters["frames_served"] += len(frames)
             self.counters["bytes_served"] += sum(map(len, frames))
 
     def _refuse(self, peer: bytes, request: Request, code: Code, detail: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
+import re
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +84,23 @@ def test_populate_keeps_the_contents() -> None:
     made.populate()
     assert (array == np.arange(256, dtype=np.uint8)).all()
     Region(4096, 64, (), MemoryKind.NPU).populate()
+
+
+def resident(pages: mmap.mmap) -> int:
+    """Bytes of an anonymous mapping that have memory."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    text = Path("/proc/self/smaps").read_text()
+    found = re.search(rf"^{address:x}-.*?^Rss: *(\d+) kB", text, re.MULTILINE | re.DOTALL)
+    return int(found[1]) << 10 if found else 0
+
+
+@pytest.mark.parametrize(("looks", "least", "most"), [(9, 80 << 20, 80 << 20), (1, 1, 64 << 20), (0, 0, 0)])
+def test_populate_faults_pages_in_and_stops_when_told(looks: int, least: int, most: int) -> None:
+    pages = mmap.mmap(-1, 80 << 20)  # more than one piece
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    answers = iter([True] * looks)
+    Region(address, len(pages), (), keepalive=pages).populate(lambda: next(answers, False))
+    assert least <= resident(pages) <= most
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=6), max_size=4))

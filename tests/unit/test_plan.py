@@ -34,12 +34,12 @@ def block_pairs(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 @given(block_pairs())
-def test_runs_are_the_pairs_in_order(pairs: tuple[list[int], list[int]]) -> None:
+def test_runs_are_the_pairs_in_order_of_destination(pairs: tuple[list[int], list[int]]) -> None:
     src, dst = pairs
     runs = coalesce(src, dst)
     assert runs.dtype == np.uint32
     assert runs.shape == (len(runs), 3)
-    assert unroll(runs) == list(zip(src, dst, strict=True))
+    assert unroll(runs) == sorted(zip(src, dst, strict=True), key=lambda pair: pair[1])
 
 
 @given(block_pairs())
@@ -47,6 +47,10 @@ def test_no_two_runs_could_be_one(pairs: tuple[list[int], list[int]]) -> None:
     runs = coalesce(*pairs).astype(np.int64)
     for first, second in pairwise(runs):
         assert (first[:2] + first[2]).tolist() != second[:2].tolist()
+
+
+def test_blocks_that_an_engine_hands_out_last_one_first_are_one_run() -> None:
+    assert coalesce(range(145, 113, -1), range(40, 8, -1)).tolist() == [[114, 9, 32]]
 
 
 def test_one_source_may_go_to_several_destinations() -> None:
