@@ -7,15 +7,26 @@ K/V parts) lie inside a region: block ``i`` starts at ``region.address + offset 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import mmap
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from pd_connector.errors import LocalProtocolError
 
+_F_ADD_SEALS = 1033
+_F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 2, 4, 16
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
@@ -97,6 +108,64 @@ class Region:
             huge = high // _HUGE > -(-low // _HUGE)
             for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE) if huge else (_MADV_POPULATE_WRITE,):
                 advise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), advice)
+
+
+@cache
+def native() -> ModuleType | None:
+    """The C extension, or None where it was not built."""
+    try:
+        return import_module("pd_connector._native")
+    except ImportError:
+        return None
+
+
+def copier() -> Callable[[Any, Any], None]:
+    """``copy(destination, source)`` of bytes between contiguous buffers of one length: the C extension's, which keeps
+    clear of the caches (17 to 27 GB/s a thread of an AMD Zen 4 against 3 to 13 by memcpy), or else numpy's."""
+    extension = native()
+    found: Callable[[Any, Any], None] = np.copyto if extension is None else extension.copy
+    return found
+
+
+class Pool(mmap.mmap):
+    """Host memory of our own in a memfd, which readers on this host map and copy from directly.
+
+    A writable buffer of ``len(pool)`` bytes at ``address``: ``numpy.frombuffer(pool, dtype)`` and
+    ``torch.frombuffer(pool, dtype=dtype)`` make arrays of it and keep it alive. ``fd`` is the memfd's descriptor."""
+
+    fd: int
+    address: int
+
+    def __new__(cls, length: int) -> Pool:
+        """``length`` bytes, rounded up to whole pages. Raises LocalProtocolError for a length that cannot be had."""
+        if length < 1:
+            raise LocalProtocolError(f"a pool of {length} bytes: it needs at least one")
+        whole = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+        fd = os.memfd_create("pd-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, whole)
+            pool = super().__new__(cls, fd, whole)
+            # From here on only mappings made before may write: readers get the bytes, never the power over them.
+            fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            with contextlib.suppress(OSError):  # before Linux 5.1
+                fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+        except (OSError, OverflowError, ValueError) as error:
+            os.close(fd)
+            raise LocalProtocolError(f"a pool of {length} bytes: {error}") from error
+        pool.fd = fd
+        pool.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(pool))
+        weakref.finalize(pool, os.close, fd)
+        _pools.add(pool)
+        return pool
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def pool_at(address: int, length: int) -> Pool | None:
+    """The pool that this range lies in, if it lies in one."""
+    inside = (pool for pool in _pools if pool.address <= address and address + length <= pool.address + len(pool))
+    return next(inside, None)
 
 
 @dataclass(frozen=True, slots=True)

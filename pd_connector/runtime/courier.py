@@ -133,5 +133,8 @@ class Courier:
 
 def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     """Options per transport: what the agent's own address implies, under what ``transport_options`` says."""
-    network = {"host": config.host, "advertise": advertised_host(config), "cpus": list(config.io_cpus)}
-    return {**config.transport_options, "zmq": network | config.transport_options.get("zmq", {})}
+    local = {"cpus": list(config.io_cpus)}
+    network = {"host": config.host, "advertise": advertised_host(config), **local}
+    implied: dict[str, dict[str, Any]] = {"shm": local, "zmq": network}
+    given = config.transport_options
+    return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}

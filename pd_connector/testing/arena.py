@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pd_connector.memory import BlockGrid, Region, order_grids
+from pd_connector.memory import BlockGrid, Pool, Region, order_grids
 from pd_connector.plan import CopyPlan
 
 Bytes = npt.NDArray[np.uint8]
@@ -16,11 +16,14 @@ POISON = 0xA5
 
 
 class Arena:
-    """One array per region. ``regions`` lists the grids of each; a region ends where its last grid does."""
+    """One array per region, in a pool of its own when ``pooled``. ``regions`` lists the grids of each; a region ends
+    where its last grid does."""
 
-    def __init__(self, regions: Sequence[Sequence[BlockGrid]], seed: int) -> None:
+    def __init__(self, regions: Sequence[Sequence[BlockGrid]], seed: int, *, pooled: bool = False) -> None:
         rng = np.random.default_rng(seed)
         self.arrays = [rng.integers(0, 256, max(grid.end for grid in grids), np.uint8) for grids in regions]
+        if pooled:
+            self.arrays = [_in_pool(array) for array in self.arrays]
         self.regions = [
             Region(array.ctypes.data, array.nbytes, tuple(grids), keepalive=array)
             for array, grids in zip(self.arrays, regions, strict=True)
@@ -54,6 +57,12 @@ class Arena:
                         source.arrays, pattern.src_grid, src + step, pattern.src_offset, pattern.run_bytes
                     )
         return after
+
+
+def _in_pool(array: Bytes) -> Bytes:
+    copy = np.frombuffer(Pool(array.nbytes), np.uint8)[: array.nbytes]
+    copy[:] = array
+    return copy
 
 
 def _mixed() -> list[list[BlockGrid]]:

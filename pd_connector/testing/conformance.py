@@ -208,7 +208,7 @@ class TransportConformance:
         mixed.settle()
 
     def test_revoke_in_the_middle_ends_the_read_once(self, big: Pair) -> None:
-        tag = big.read(big.blocks(range(63)))
+        tag = big.read(big.long(range(63)))
         big.catch()
         big.owner.revoke(LEASE)
         assert big.wait(tag).status in (Status.DONE, Status.NOT_GRANTED)
@@ -234,7 +234,7 @@ class TransportConformance:
         """``end`` in the middle of a read of most of the memory: CANCELLED, and not a byte written after that."""
         for _ in range(10):
             pair.target.poison()
-            tag = pair.read(pair.blocks(range(1, 64), [*range(63)]))
+            tag = pair.read(pair.long(range(1, 64), range(63)))
             pair.catch()
             end(tag)
             if pair.wait(tag).status is Status.CANCELLED:
@@ -296,7 +296,7 @@ class TransportConformance:
         mixed.reader.disconnect("nobody")
 
     def test_close_with_reads_posted(self, big: Pair) -> None:
-        big.read(big.blocks(range(63)))
+        big.read(big.long(range(63)))
         big.catch()
         big.reader.close()
         big.target.poison()
@@ -309,7 +309,7 @@ class TransportConformance:
                 refused()
 
     def test_the_owner_closes_in_the_middle(self, big: Pair) -> None:
-        tag = big.read(big.blocks(range(63)))
+        tag = big.read(big.long(range(63)))
         big.catch()
         big.owner.close()
         assert big.wait(tag).status in (Status.PEER_LOST, Status.DONE)
@@ -340,12 +340,12 @@ class TransportConformance:
         pytest.fail("it never came first")
 
     def test_a_small_read_passes_a_big_one(self, big: Pair) -> None:
-        self.comes_first(big, lambda: [big.read(big.blocks(range(63)))], lambda: big.read(big.blocks([63])))
+        self.comes_first(big, lambda: [big.read(big.long(range(63)))], lambda: big.read(big.blocks([63])))
 
     def test_a_waiting_request_passes_background_reads(self, big: Pair) -> None:
         self.comes_first(
             big,
-            lambda: [big.read(big.blocks(range(at, at + 20)), priority=1) for at in (0, 20)],
+            lambda: [big.read(big.long(range(at, at + 20)), priority=1) for at in (0, 20)],
             lambda: big.read(big.blocks(range(40, 56))),
         )
 
@@ -461,20 +461,20 @@ class ProcessConformance(TransportConformance):
         pair.owner.signal(number)
 
     def test_the_owner_is_killed_in_the_middle(self, big: Pair) -> None:
-        tag = big.read(big.blocks(range(63)))
+        tag = big.read(big.long(range(63)))
         big.catch()
         self.signal(big, signal.SIGKILL)
         assert big.wait(tag).status in (Status.PEER_LOST, Status.DONE)
         assert big.wait(big.read(big.blocks([0]))).status is Status.PEER_LOST
 
     def test_a_stopped_owner_holds_nobody(self, big: Pair) -> None:
+        """Who reads without the owner's help may also have read everything by then."""
         self.signal(big, signal.SIGSTOP)
         first, second = big.read(big.blocks(range(32))), big.read(big.blocks(range(32, 63)))
         big.reader.cancel(first)
-        assert big.wait(first).status is Status.CANCELLED
         fence = big.fence()
-        assert big.wait(second, fence).status is Status.DONE
-        assert big.ended[second].status is Status.CANCELLED
+        assert big.wait(first, second, fence).status is Status.DONE
+        assert {big.ended[tag].status for tag in (first, second)} <= {Status.CANCELLED, Status.DONE}
         big.target.poison()
         before = big.target.snapshot()
         self.signal(big, signal.SIGCONT)

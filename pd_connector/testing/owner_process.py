@@ -36,9 +36,9 @@ class Owner(Protocol):
 class LocalOwner:
     """``transport`` with the memory of a named geometry, in this process."""
 
-    def __init__(self, transport: Transport, geometry: str, seed: int) -> None:
+    def __init__(self, transport: Transport, geometry: str, seed: int, *, pooled: bool = False) -> None:
         self.transport = transport
-        self.arena = Arena(GEOMETRIES[geometry], seed)
+        self.arena = Arena(GEOMETRIES[geometry], seed, pooled=pooled)
         transport.register(self.arena.regions)
 
     def describe(self) -> bytes:
@@ -58,10 +58,17 @@ class LocalOwner:
 class ProcessOwner:
     """The same in another process: ``name`` and ``options`` go through the registry there."""
 
-    def __init__(self, name: str, options: Mapping[str, Any], geometry: str, seed: int) -> None:
+    def __init__(
+        self, name: str, options: Mapping[str, Any], geometry: str, seed: int, *, pooled: bool = False
+    ) -> None:
         root = str(Path(pd_connector.errors.__file__).parents[1])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, msgspec.json.encode([name, options, geometry, seed]).decode()],
+            [
+                sys.executable,
+                "-m",
+                __spec__.name,
+                msgspec.json.encode([name, options, geometry, seed, pooled]).decode(),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=root,  # found there even when the package is not installed
@@ -112,8 +119,8 @@ class ProcessOwner:
 
 
 def main() -> None:
-    name, options, geometry, seed = msgspec.json.decode(sys.argv[1])
-    owner = LocalOwner(load(name)("owner", options), geometry, seed)
+    name, options, geometry, seed, pooled = msgspec.json.decode(sys.argv[1])
+    owner = LocalOwner(load(name)("owner", options), geometry, seed, pooled=pooled)
     print(msgspec.json.encode(owner.describe().hex()).decode(), flush=True)
     for line in sys.stdin:
         command, number, epoch, *rest = msgspec.json.decode(line)

@@ -77,6 +77,11 @@ class Pair:
     def blocks(self, src: Sequence[int], dst: Sequence[int] | None = None, group: int = 0) -> CopyPlan:
         return plan_blocks(self.target.grids, group, src, src if dst is None else dst)
 
+    def long(self, src: Sequence[int], dst: Sequence[int] | None = None) -> CopyPlan:
+        """The same bytes over and over, so that even at the speed of memory there is a middle to do something in."""
+        plan = self.blocks(src, dst)
+        return CopyPlan(plan.runs, plan.patterns * 6)
+
     def pump(self, timeout: float = 0.0) -> list[Completion]:
         """Wait for the descriptor, then poll once. A second completion of a tag fails the test."""
         select.select([self.reader.fileno()], [], [], timeout)

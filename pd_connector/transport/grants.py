@@ -27,6 +27,12 @@ def check_claim(lease: LeaseId, capability: bytes) -> None:
         )
 
 
+def check_capability(lease: LeaseId, capability: bytes) -> None:
+    """Raises LocalProtocolError for one that an owner must not grant: too short to be unguessable."""
+    if len(capability) < MIN_CAPABILITY_BYTES:
+        raise LocalProtocolError(f"{lease}: a capability has at least {MIN_CAPABILITY_BYTES} bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class _Grant:
     capability: bytes
@@ -43,8 +49,7 @@ class Grants:
 
     def add(self, lease: LeaseId, capability: bytes, blocks: LeasedBlocks) -> None:
         check_claim(lease, capability)
-        if len(capability) < MIN_CAPABILITY_BYTES:
-            raise LocalProtocolError(f"{lease}: a capability has at least {MIN_CAPABILITY_BYTES} bytes")
+        check_capability(lease, capability)
         sets = {group: np.unique(np.asarray(ids, np.uint32)) for group, ids in blocks.items()}
         grant = _Grant(bytes(capability), {group: np.append(ids, ids[:1]) for group, ids in sets.items() if len(ids)})
         with self._lock:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from pd_connector.errors import LocalProtocolError, RemoteProtocolError
-from pd_connector.memory import MemoryKind, Region, order_grids
+from pd_connector.memory import MemoryKind, Region, copier, order_grids
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.slices import Blocks, Part
 
@@ -145,6 +145,7 @@ def _empty(blocks: Blocks, parts: Iterable[Part]) -> Buffer:
 
 
 def _fill(targets: Iterable[Buffer], stream: Iterable[Buffer]) -> None:
+    copy = copier()
     left = iter(targets)
     target = next(left)
     for piece in stream:
@@ -155,7 +156,7 @@ def _fill(targets: Iterable[Buffer], stream: Iterable[Buffer]) -> None:
                 except StopIteration:
                     raise RemoteProtocolError(f"a slice came with at least {len(piece)} bytes too many") from None
             size = min(len(piece), len(target))
-            target[:size] = piece[:size]
+            copy(target[:size], piece[:size])
             piece, target = piece[size:], target[size:]
     missing = len(target) + sum(map(len, left))
     if missing:

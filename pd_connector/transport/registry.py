@@ -18,6 +18,7 @@ ORDER = ("inproc", "shm", "verbs", "hixl", "tcp", "zmq")
 
 _BUILT_IN = {
     "inproc": "pd_connector.transport.inproc:InprocTransport",
+    "shm": "pd_connector.transport.native:ShmTransport",
     "zmq": "pd_connector.transport.zmq:ZmqTransport",
 }
 

@@ -7,7 +7,6 @@ reach it through a queue and a doorbell, completions come back through the tag b
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
 import secrets
@@ -27,6 +26,7 @@ from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerI
 from pd_connector.transport.doorbell import Doorbell
 from pd_connector.transport.grants import Grants, check_claim
 from pd_connector.transport.hostmem import HostMemory
+from pd_connector.transport.options import parse_options
 from pd_connector.transport.tags import TagBook
 from pd_connector.transport.zmq_owner import Owner
 from pd_connector.transport.zmq_reader import Reader
@@ -51,15 +51,7 @@ class ZmqOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> ZmqOptions:
         """Raises ConfigError."""
-        for key in options:
-            if key not in cls.__struct_fields__:
-                near = difflib.get_close_matches(str(key), cls.__struct_fields__, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(cls.__struct_fields__)}"
-                raise ConfigError(f"transport 'zmq' has no option {key!r}: {hint}")
-        try:
-            parsed = msgspec.convert(dict(options), cls)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"options of transport 'zmq': {error}") from error
+        parsed = parse_options("zmq", options, cls)
         if not 0 <= parsed.port <= 65535:
             raise ConfigError(f"transport 'zmq': port {parsed.port} is not in 0..65535")
         if parsed.host in ("0.0.0.0", "::", "*") and not parsed.advertise:

@@ -8,11 +8,15 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from pd_connector.errors import ConfigError, TransportUnavailable
+from pd_connector.memory import native
 from pd_connector.transport import registry
 from pd_connector.transport.base import Transport
 from pd_connector.transport.inproc import InprocTransport
+from pd_connector.transport.native import NativeTransport
 from pd_connector.transport.zmq import ZmqTransport
 
+NATIVE = ["shm"] if native() else []
+WITHOUT = {} if native() else {"shm": "the C extension is not installed"}
 FAULTY = "pd_connector.testing.faults:FaultyTransport"
 
 
@@ -35,24 +39,24 @@ def started(*args: object) -> Iterator[tuple[dict[str, Transport], dict[str, str
 
 def test_auto_starts_what_exists_best_first() -> None:
     with started("auto", "a", {}) as (transports, reasons):
-        assert list(transports) == ["inproc", "zmq"]
-        assert reasons == {}
+        assert list(transports) == ["inproc", *NATIVE, "zmq"]
+        assert list(reasons) == list(WITHOUT)
 
 
 def test_auto_says_why_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InprocTransport, "probe", classmethod(lambda cls, options: "out of order"))
     with started("auto", "a", {}) as (transports, reasons):
-        assert list(transports) == ["zmq"]
-        assert reasons == {"inproc": "out of order"}
+        assert list(transports) == [*NATIVE, "zmq"]
+        assert reasons["inproc"] == "out of order"
     with pytest.raises(TransportUnavailable, match="out of order"):
         registry.start(["inproc", "zmq"], "a", {})
     assert registry.available({})["inproc"] == "out of order"
 
 
 def test_auto_with_nothing_usable_gives_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (InprocTransport, ZmqTransport):
+    for kind in (InprocTransport, NativeTransport, ZmqTransport):
         monkeypatch.setattr(kind, "probe", classmethod(lambda cls, options: f"{cls.name} is out of order"))
-    with pytest.raises(TransportUnavailable, match=r"inproc is out of order.*zmq is out of order"):
+    with pytest.raises(TransportUnavailable, match=r"inproc is out of order.*shm is out of order.*zmq is out of order"):
         registry.start("auto", "a", {})
 
 
@@ -94,7 +98,8 @@ def test_bad_options_are_the_users_mistake_even_with_auto() -> None:
 
 
 def test_choose_gives_a_reason_for_every_other_one() -> None:
-    with started("auto", "a", {}) as (ours, _), started("auto", "b", {}) as (theirs, _):
+    wanted = ["inproc", "zmq"]
+    with started(wanted, "a", {}) as (ours, _), started(wanted, "b", {}) as (theirs, _):
         offered = {name: transport.describe() for name, transport in theirs.items()}
         assert registry.choose(ours, offered) == ("inproc", {"zmq": "inproc comes first"})
         assert registry.choose(ours, offered, ["zmq"])[0] == "zmq"
@@ -109,3 +114,25 @@ def test_choose_gives_a_reason_for_every_other_one() -> None:
             registry.choose(ours, {"inproc": b"?"})
         with pytest.raises(TransportUnavailable, match="neither"):
             registry.choose({}, {})
+
+
+def test_without_the_extension_the_rest_works_and_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pd_connector.transport.native.native", lambda: None)
+    with started("auto", "a", {}) as (transports, reasons):
+        assert list(transports) == ["inproc", "zmq"]
+        assert "PD_NATIVE=require" in reasons["shm"]
+    with pytest.raises(TransportUnavailable, match="C extension is not installed"):
+        registry.start("shm", "a", {})
+
+
+@pytest.mark.skipif(native() is None, reason="the C extension was not built")
+def test_shared_memory_is_refused_to_another_host() -> None:
+    with started("shm", "a", {}) as (ours, _), started("shm", "b", {}) as (theirs, _):
+        theirs["shm"].register([])
+        where = theirs["shm"].describe()
+        assert ours["shm"].can_reach(where) is None
+        boot = where.index(b"-") - 8
+        elsewhere = where[:boot] + b"ffffffff" + where[boot + 8 :]
+        assert "another host" in str(ours["shm"].can_reach(elsewhere))
+        theirs["shm"].close()
+        assert "gone" in str(ours["shm"].can_reach(where))

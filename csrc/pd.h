@@ -1,0 +1,97 @@
+/* The native data plane of pd_connector; usable without Python. */
+#ifndef PD_H
+#define PD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* --- copying ------------------------------------------------------------------------------------------------------ */
+
+/* Copy `bytes` that do not overlap, with streaming stores where the processor has them. On return the bytes are visible
+ * to every thread that synchronises with this one. */
+void pd_copy(void *dst, const void *src, size_t bytes);
+
+/* The copiers compiled in, best first: NULL for one that does not run on this processor. For tests and benchmarks. */
+int pd_copier_count(void);
+const char *pd_copier_name(int index);
+void pd_copy_with(int index, void *dst, const void *src, size_t bytes);
+
+/* --- transports ---------------------------------------------------------------------------------------------------
+
+ * One function per method of the Python interface pd_connector.transport.base.Transport, which says what each must do.
+ * Every function returns 0 (or a count), or a negative errno after which pd_last_error has the words. All of them may be
+ * called from any thread at any time, except pd_close, which must be the last call. None waits for a peer. */
+
+typedef struct pd_transport pd_transport;
+
+enum { PD_MAX_OPEN_TAGS = 65536, PD_MAX_CAPABILITY = 64, PD_MAX_DESCRIPTION = 1024, PD_MAX_WORDS = 256 };
+
+typedef enum { PD_DONE, PD_CANCELLED, PD_NOT_GRANTED, PD_PEER_LOST, PD_ERROR } pd_status;
+
+typedef struct {
+    uint64_t address, length;
+    int32_t fd; /* of the memfd that the region lies in, or -1 */
+    uint32_t reserved;
+    uint64_t fd_offset, fd_length; /* where in it the region starts; bytes of the whole memfd */
+} pd_region;
+
+typedef struct { /* in canonical order */
+    uint32_t region, group;
+    uint64_t offset, block_stride, block_bytes;
+    uint64_t num_blocks;
+} pd_grid;
+
+typedef struct {
+    uint32_t src_block, dst_block, count;
+} pd_run;
+
+typedef struct {
+    uint64_t src_grid, dst_grid, src_offset, dst_offset, bytes;
+} pd_pattern;
+
+typedef struct {
+    const uint32_t *ids;
+    size_t count;
+    uint32_t group;
+} pd_blocks;
+
+typedef struct {
+    uint64_t number, epoch;
+    const unsigned char *capability;
+    size_t capability_bytes;
+} pd_lease;
+
+typedef struct {
+    uint64_t tag;
+    pd_status status;
+    char words[PD_MAX_WORDS];
+} pd_completion;
+
+typedef struct {
+    int threads;
+    const int *cpus; /* none: every processor this process may use */
+    size_t num_cpus;
+} pd_options;
+
+const char *pd_last_error(void); /* of this thread's last call that failed */
+
+int pd_open(const char *backend, const pd_options *options, pd_transport **out);
+void pd_close(pd_transport *transport);
+int pd_describe(pd_transport *transport, unsigned char *out, size_t room); /* bytes written */
+int pd_can_reach(pd_transport *transport, const unsigned char *remote, size_t bytes);
+int pd_register(pd_transport *transport, const pd_region *regions, size_t num_regions, const pd_grid *grids,
+                size_t num_grids);
+int pd_grant(pd_transport *transport, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups);
+int pd_revoke(pd_transport *transport, uint64_t number, uint64_t epoch);
+/* `peer` is the caller's number for one connection attempt and is never used again; `name` is for messages. */
+int pd_connect(pd_transport *transport, uint64_t peer, const char *name, const unsigned char *remote, size_t bytes,
+               uint64_t tag);
+int pd_disconnect(pd_transport *transport, uint64_t peer);
+int pd_post_read(pd_transport *transport, uint64_t peer, const pd_lease *lease, const pd_run *runs, size_t num_runs,
+                 const pd_pattern *patterns, size_t num_patterns, uint64_t tag, int priority);
+int pd_cancel(pd_transport *transport, uint64_t tag);
+int pd_fence(pd_transport *transport, uint64_t peer, uint64_t tag);
+int pd_poll(pd_transport *transport, pd_completion *out, int limit); /* completions written */
+int pd_fileno(const pd_transport *transport); /* readable while pd_poll has something */
+
+#endif

@@ -1,0 +1,482 @@
+/* Reads between processes of one host: straight from a mapped memfd where the owner's memory lies in one, otherwise
+ * through the kernel (process_vm_readv). The reader does everything; what it may read it learns from the owner's board
+ * (shm_board.h). It is trusted not to overstep: whoever could, being the same user, could read the owner anyway. */
+
+#include "shm_board.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum { IOVECS = 512, TRIES = 1000 };
+
+/* One board of the owner as this process has mapped it. */
+typedef struct view {
+    unsigned sequence;
+    const char *board;
+    uint64_t bytes;
+    shm_board layout; /* this and what it leads to are copies: the owner may scribble on its own */
+    pd_region *regions;
+    shm_grid *grids;
+    const unsigned char **bases; /* per region: where its first byte is mapped, or NULL */
+    struct pool {
+        int fd;
+        void *mapping;
+        uint64_t bytes;
+    } *pools;
+    size_t num_pools;
+    struct view *older; /* a thread may still be using it */
+} view;
+
+typedef struct {
+    shm_where where;
+    const shm_head *head;
+    int pidfd;
+    pthread_mutex_t lock;
+    _Atomic(view *) current;
+} shm_peer;
+
+/* --- looking at an owner ------------------------------------------------------------------------------------------ */
+
+static int parse(const unsigned char *remote, size_t bytes, shm_where *where)
+{
+    if (bytes != sizeof *where || memcmp(remote, pd_shm_magic, sizeof pd_shm_magic))
+        return pd_fail(EPROTO, "the peer's description is not one of shm");
+    memcpy(where, remote, sizeof *where);
+    char boot[40];
+    uint64_t pid_namespace;
+    if (shm_here(boot, &pid_namespace))
+        return -ENOTSUP;
+    if (memcmp(boot, where->boot, sizeof boot))
+        return pd_fail(EREMOTE, "the peer is on another host");
+    if (pid_namespace != where->pid_namespace)
+        return pd_fail(EREMOTE, "the peer is in another pid namespace: let both containers share one (docker run --pid)");
+    return 0;
+}
+
+/* Map a memfd of the owner for reading; its size must be `bytes` and stay so. */
+static const void *map_file(const shm_where *where, int fd, uint64_t bytes)
+{
+    char path[64];
+    struct stat status;
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", where->pid, fd);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0 && errno == EACCES)
+        return pd_fail(EACCES, "process %d may not be looked into: run both as the same user", where->pid), NULL;
+    if (file < 0)
+        return pd_fail(errno, "process %d or its agent is gone (%s)", where->pid, strerror(errno)), NULL;
+    int seals = fcntl(file, F_GET_SEALS);
+    void *mapping = MAP_FAILED;
+    if (seals < 0 || !(seals & F_SEAL_SHRINK) || fstat(file, &status) || (uint64_t)status.st_size < bytes)
+        pd_fail(EPROTO, "process %d or its agent is gone: descriptor %d is something else", where->pid, fd);
+    else if ((mapping = mmap(NULL, bytes, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
+        pd_fail(errno, "cannot map %llu bytes: %s", (unsigned long long)bytes, strerror(errno));
+    close(file);
+    return mapping == MAP_FAILED ? NULL : mapping;
+}
+
+static const shm_head *map_head(const shm_where *where)
+{
+    const shm_head *head = map_file(where, where->head_fd, sizeof *head);
+    if (head && !memcmp(head->magic, pd_shm_magic, sizeof pd_shm_magic) &&
+        !memcmp(head->token, where->token, PD_SHM_TOKEN) && !atomic_load(&head->closed))
+        return head;
+    if (head) {
+        munmap((void *)head, sizeof *head);
+        pd_fail(ESRCH, "the agent is gone, process %d has another or none", where->pid);
+    }
+    return NULL;
+}
+
+static void view_free(view *old)
+{
+    for (size_t i = 0; i < old->num_pools; i++)
+        munmap(old->pools[i].mapping, old->pools[i].bytes);
+    if (old->board)
+        munmap((void *)old->board, old->bytes);
+    free(old->regions);
+    free(old->grids);
+    free(old->bases);
+    free(old->pools);
+    free(old);
+}
+
+/* The board must say of itself nothing that leads out of it. */
+static bool sound(const view *made)
+{
+    const shm_board *board = &made->layout;
+    return board->num_regions < 1 << 20 && board->num_grids < 1 << 24 && board->slot_words >= sizeof(shm_slot) / 8 &&
+           board->slot_words < 1u << 31 && board->regions_at <= made->bytes && board->grids_at <= made->bytes &&
+           board->slots_at <= made->bytes &&
+           board->num_regions * sizeof(pd_region) <= made->bytes - board->regions_at &&
+           board->num_grids * sizeof(shm_grid) <= made->bytes - board->grids_at &&
+           PD_SHM_SLOTS * board->slot_words * 8 <= made->bytes - board->slots_at;
+}
+
+static bool copy_board(const shm_where *where, int fd, view *made)
+{
+    if (made->bytes < sizeof made->layout || !(made->board = map_file(where, fd, made->bytes)))
+        return pd_fail(EPROTO, "process %d shows no board", where->pid), false;
+    memcpy(&made->layout, made->board, sizeof made->layout);
+    if (!sound(made))
+        return pd_fail(EPROTO, "the board of process %d makes no sense", where->pid), false;
+    size_t regions = made->layout.num_regions, grids = made->layout.num_grids;
+    made->regions = calloc(regions + 1, sizeof *made->regions);
+    made->grids = calloc(grids + 1, sizeof *made->grids);
+    made->bases = calloc(regions + 1, sizeof *made->bases);
+    made->pools = calloc(regions + 1, sizeof *made->pools);
+    if (!made->regions || !made->grids || !made->bases || !made->pools)
+        return pd_fail(ENOMEM, "no memory for the board of process %d", where->pid), false;
+    memcpy(made->regions, made->board + made->layout.regions_at, regions * sizeof *made->regions);
+    memcpy(made->grids, made->board + made->layout.grids_at, grids * sizeof *made->grids);
+    return true;
+}
+
+static int map_pools(const shm_where *where, view *made)
+{
+    for (size_t i = 0; i < made->layout.num_regions; i++) {
+        const pd_region *region = &made->regions[i];
+        if (region->fd < 0)
+            continue;
+        size_t p = 0;
+        while (p < made->num_pools && made->pools[p].fd != region->fd)
+            p++;
+        if (p == made->num_pools) {
+            const void *mapping = map_file(where, region->fd, region->fd_length);
+            if (!mapping)
+                return -EIO;
+            made->pools[made->num_pools++] = (struct pool){region->fd, (void *)mapping, region->fd_length};
+        }
+        if (region->fd_offset > made->pools[p].bytes || region->length > made->pools[p].bytes - region->fd_offset)
+            return pd_fail(EPROTO, "region %zu does not lie in its memfd", i);
+        made->bases[i] = (const unsigned char *)made->pools[p].mapping + region->fd_offset;
+    }
+    return 0;
+}
+
+static view *view_make(const shm_where *where, const shm_head *head)
+{
+    view *made = calloc(1, sizeof *made);
+    if (!made)
+        return pd_fail(ENOMEM, "no memory"), NULL;
+    int fd = -1;
+    for (int i = 0; i < TRIES; i++, sched_yield()) { /* an owner that was stopped while it wrote must not hold us */
+        made->sequence = atomic_load(&head->sequence);
+        fd = atomic_load(&head->board_fd);
+        made->bytes = atomic_load(&head->board_bytes);
+        if (made->sequence % 2 == 0 && made->sequence == atomic_load(&head->sequence))
+            break;
+        fd = -1;
+    }
+    if (fd < 0)
+        pd_fail(EAGAIN, "process %d has registered no memory", where->pid);
+    else if (copy_board(where, fd, made) && !map_pools(where, made))
+        return made;
+    view_free(made);
+    return NULL;
+}
+
+/* Whether memory outside of memfds can be read here at all, tried on the first byte of it. */
+static int try_foreign(const shm_where *where, const view *seen)
+{
+    for (size_t i = 0; i < seen->layout.num_regions; i++) {
+        unsigned char byte;
+        struct iovec here = {&byte, 1}, there = {(void *)(uintptr_t)seen->regions[i].address, 1};
+        if (seen->bases[i] || process_vm_readv(where->pid, &here, 1, &there, 1, 0) == 1)
+            continue;
+        if (errno == EPERM)
+            return pd_fail(EPERM, "process_vm_readv of process %d is not permitted: run both as the same user, in containers "
+                                  "with the capability SYS_PTRACE (docker run --cap-add SYS_PTRACE), or put the KV cache "
+                                  "into a shared pool", where->pid);
+        return pd_fail(errno, "process_vm_readv of process %d: %s", where->pid, strerror(errno));
+    }
+    return 0;
+}
+
+static int shm_can_reach(const unsigned char *remote, size_t bytes)
+{
+    shm_where where;
+    if (parse(remote, bytes, &where))
+        return -EREMOTE;
+    const shm_head *head = map_head(&where);
+    if (!head)
+        return -ESRCH;
+    view *seen = view_make(&where, head);
+    int error = seen ? try_foreign(&where, seen) : -EIO;
+    if (seen)
+        view_free(seen);
+    munmap((void *)head, sizeof *head);
+    return error;
+}
+
+/* --- peers -------------------------------------------------------------------------------------------------------- */
+
+static void shm_disconnect(void *own)
+{
+    shm_peer *peer = own;
+    for (view *each = atomic_load(&peer->current), *older; each; each = older) {
+        older = each->older;
+        view_free(each);
+    }
+    munmap((void *)peer->head, sizeof *peer->head);
+    close(peer->pidfd);
+    pthread_mutex_destroy(&peer->lock);
+    free(peer);
+}
+
+static void *shm_connect(const unsigned char *remote, size_t bytes)
+{
+    shm_where where;
+    if (parse(remote, bytes, &where))
+        return NULL;
+    int pidfd = (int)syscall(SYS_pidfd_open, where.pid, 0); /* first, so that what follows is of this very process */
+    if (pidfd < 0)
+        return pd_fail(errno, "process %d is gone (%s)", where.pid, strerror(errno)), NULL;
+    const shm_head *head = map_head(&where);
+    view *seen = head ? view_make(&where, head) : NULL;
+    shm_peer *peer = seen && !try_foreign(&where, seen) ? calloc(1, sizeof *peer) : NULL;
+    if (!peer) {
+        if (seen)
+            view_free(seen);
+        if (head)
+            munmap((void *)head, sizeof *head);
+        close(pidfd);
+        return NULL;
+    }
+    *peer = (shm_peer){.where = where, .head = head, .pidfd = pidfd};
+    atomic_store(&peer->current, seen);
+    pthread_mutex_init(&peer->lock, NULL);
+    return peer;
+}
+
+static bool gone(const shm_peer *peer)
+{
+    struct pollfd exited = {peer->pidfd, POLLIN, 0};
+    if (!atomic_load(&peer->head->closed) && poll(&exited, 1, 0) == 0)
+        return false;
+    pd_fail(ESRCH, "its process ended or its agent was closed");
+    return true;
+}
+
+/* The owner's current board; NULL after pd_fail. */
+static const view *look(shm_peer *peer)
+{
+    view *seen = atomic_load(&peer->current);
+    if (seen->sequence == atomic_load(&peer->head->sequence))
+        return seen;
+    pthread_mutex_lock(&peer->lock);
+    view *latest = atomic_load(&peer->current);
+    if (latest == seen && (latest = view_make(&peer->where, peer->head))) {
+        latest->older = seen;
+        atomic_store(&peer->current, latest);
+    }
+    pthread_mutex_unlock(&peer->lock);
+    return latest;
+}
+
+/* --- permission --------------------------------------------------------------------------------------------------- */
+
+typedef enum { OTHER, CHANGING, COVERED, NOT_COVERED } finding;
+
+/* Whether a slot is the lease's and covers the slice. */
+static finding inspect(const view *seen, const shm_slot *slot, const pd_slice *slice)
+{
+    const pd_lease *lease = slice->lease;
+    unsigned long long sequence = atomic_load(&slot->sequence);
+    if (sequence % 2)
+        return CHANGING;
+    if (!atomic_load(&slot->used) || atomic_load(&slot->number) != lease->number ||
+        atomic_load(&slot->epoch) != lease->epoch)
+        return atomic_load(&slot->sequence) == sequence ? OTHER : CHANGING;
+    uint64_t capability[PD_MAX_CAPABILITY / 8] = {0};
+    memcpy(capability, lease->capability, lease->capability_bytes);
+    uint64_t wrong = atomic_load(&slot->capability_bytes) ^ lease->capability_bytes;
+    for (size_t i = 0; i < PD_MAX_CAPABILITY / 8; i++)
+        wrong |= atomic_load_explicit(&slot->capability[i], memory_order_relaxed) ^ capability[i];
+    for (size_t i = 0; !wrong && i < slice->count; i++) {
+        const pd_piece *piece = &slice->pieces[i];
+        uint64_t bit = seen->grids[piece->grid].first_bit + piece->block;
+        for (uint64_t end = bit + piece->blocks; bit < end; bit++)
+            wrong |= ~atomic_load_explicit(&slot->bits[bit / 64], memory_order_relaxed) >> bit % 64 & 1;
+    }
+    atomic_thread_fence(memory_order_acquire);
+    if (atomic_load(&slot->sequence) != sequence)
+        return CHANGING;
+    return wrong ? NOT_COVERED : COVERED;
+}
+
+static pd_status permit(const view *seen, const pd_slice *slice)
+{
+    const char *slots = seen->board + seen->layout.slots_at;
+    unsigned long long number = slice->lease->number, epoch = slice->lease->epoch;
+    for (uint64_t i = 0; i < PD_SHM_PROBES; i++) {
+        finding found;
+        int tries = 0;
+        const void *slot = slots + (number + i) % PD_SHM_SLOTS * seen->layout.slot_words * 8;
+        while ((found = inspect(seen, slot, slice)) == CHANGING && ++tries < TRIES)
+            sched_yield();
+        if (found == COVERED)
+            return PD_DONE;
+        if (found == NOT_COVERED)
+            return pd_fail(EACCES, "lease %llu epoch %llu does not cover this read", number, epoch), PD_NOT_GRANTED;
+    }
+    pd_fail(EACCES, "lease %llu epoch %llu is not granted here (not yet, or no longer)", number, epoch);
+    return PD_NOT_GRANTED;
+}
+
+/* --- copying ------------------------------------------------------------------------------------------------------ */
+
+/* Every byte of a piece lies in a block of the owner's, every bit of its blocks in a slot, or pd_fail says why not. */
+static bool exists(const view *seen, const pd_piece *piece)
+{
+    if (piece->grid >= seen->layout.num_grids)
+        return pd_fail(EINVAL, "grid %llu does not exist, there are %llu", (unsigned long long)piece->grid,
+                       (unsigned long long)seen->layout.num_grids), false;
+    const shm_grid *shown = &seen->grids[piece->grid];
+    const pd_grid *grid = &shown->grid;
+    uint64_t last = (uint64_t)piece->block + piece->blocks - 1, end;
+    if (last >= grid->num_blocks)
+        return pd_fail(EINVAL, "block %llu does not exist, grid %llu has %llu", (unsigned long long)last,
+                       (unsigned long long)piece->grid, (unsigned long long)grid->num_blocks), false;
+    if (piece->bytes > grid->block_bytes || piece->offset > grid->block_bytes - piece->bytes)
+        return pd_fail(EINVAL, "%llu bytes at %llu do not lie in the blocks of grid %llu (%llu bytes)",
+                       (unsigned long long)piece->bytes, (unsigned long long)piece->offset,
+                       (unsigned long long)piece->grid, (unsigned long long)grid->block_bytes), false;
+    uint64_t bits = (seen->layout.slot_words - sizeof(shm_slot) / 8) * 64;
+    if (grid->region >= seen->layout.num_regions || shown->first_bit >= bits || last >= bits - shown->first_bit ||
+        __builtin_mul_overflow(last, grid->block_stride, &end) || __builtin_add_overflow(end, grid->offset, &end) ||
+        __builtin_add_overflow(end, grid->block_bytes, &end) || end > seen->regions[grid->region].length)
+        return pd_fail(EPROTO, "the peer's board makes no sense"), false;
+    return true;
+}
+
+typedef struct {
+    pid_t pid;
+    size_t count;
+    struct iovec here[IOVECS], there[IOVECS];
+} batch;
+
+static pd_status flush(batch *each)
+{
+    size_t at = 0;
+    while (at < each->count) {
+        ssize_t got = process_vm_readv(each->pid, each->here + at, each->count - at, each->there + at, each->count - at, 0);
+        if (got <= 0) {
+            int error = got ? errno : EFAULT;
+            pd_fail(error, "process_vm_readv: %s", strerror(error));
+            return error == ESRCH ? PD_PEER_LOST : PD_ERROR;
+        }
+        /* A short read: go on behind it; a byte that cannot be read ends the next call. */
+        for (; at < each->count && (size_t)got >= each->here[at].iov_len; at++)
+            got -= (ssize_t)each->here[at].iov_len;
+        if (got) {
+            each->here[at].iov_base = (char *)each->here[at].iov_base + got, each->here[at].iov_len -= (size_t)got;
+            each->there[at].iov_base = (char *)each->there[at].iov_base + got, each->there[at].iov_len -= (size_t)got;
+        }
+    }
+    each->count = 0;
+    return PD_DONE;
+}
+
+/* `bytes` from `offset` of a region of the owner. */
+static pd_status fetch(const view *seen, size_t region, uint64_t offset, unsigned char *dst, uint64_t bytes, batch *foreign)
+{
+    if (seen->bases[region]) {
+        pd_copy(dst, seen->bases[region] + offset, bytes);
+        return PD_DONE;
+    }
+    void *there = (void *)(uintptr_t)(seen->regions[region].address + offset);
+    foreign->here[foreign->count] = (struct iovec){dst, bytes};
+    foreign->there[foreign->count] = (struct iovec){there, bytes};
+    return ++foreign->count < IOVECS ? PD_DONE : flush(foreign);
+}
+
+static pd_status shm_read(void *own, const pd_slice *slice)
+{
+    shm_peer *peer = own;
+    const view *seen = gone(peer) ? NULL : look(peer);
+    if (!seen)
+        return PD_PEER_LOST;
+    for (size_t i = 0; i < slice->count; i++)
+        if (!exists(seen, &slice->pieces[i]))
+            return PD_ERROR;
+    pd_status status = permit(seen, slice);
+    batch foreign;
+    foreign.pid = peer->where.pid, foreign.count = 0;
+    for (size_t i = 0; status == PD_DONE && i < slice->count; i++) {
+        const pd_piece *piece = &slice->pieces[i];
+        const pd_grid *grid = &seen->grids[piece->grid].grid;
+        uint64_t at = grid->offset + piece->block * grid->block_stride + piece->offset;
+        if (grid->block_stride == piece->bytes) {
+            status = fetch(seen, grid->region, at, piece->dst, piece->bytes * piece->blocks, &foreign);
+            continue;
+        }
+        for (uint32_t k = 0; status == PD_DONE && k < piece->blocks; k++)
+            status = fetch(seen, grid->region, at + k * grid->block_stride, piece->dst + k * piece->bytes, piece->bytes,
+                           &foreign);
+    }
+    if (status == PD_DONE)
+        status = flush(&foreign);
+    return (status == PD_DONE || status == PD_ERROR) && gone(peer) ? PD_PEER_LOST : status;
+}
+
+/* --- the owner's side, in shm_owner.c ----------------------------------------------------------------------------- */
+
+static void *shm_open_owner(void)
+{
+    return shm_owner_open();
+}
+
+static void shm_close_owner(void *own)
+{
+    shm_owner_close(own);
+}
+
+static int shm_describe(void *own, unsigned char *out, size_t room)
+{
+    shm_where where;
+    int error = room < sizeof where ? pd_fail(ENOSPC, "no room") : shm_owner_describe(own, &where);
+    if (error)
+        return error;
+    memcpy(out, &where, sizeof where);
+    return sizeof where;
+}
+
+static int shm_publish(void *own, const pd_memory *memory)
+{
+    return shm_owner_publish(own, memory);
+}
+
+static int shm_grant(void *own, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
+{
+    return shm_owner_grant(own, lease, blocks, num_groups);
+}
+
+static void shm_revoke(void *own, uint64_t number, uint64_t epoch)
+{
+    shm_owner_revoke(own, number, epoch);
+}
+
+const pd_backend pd_shm = {
+    .name = "shm",
+    .open = shm_open_owner,
+    .close = shm_close_owner,
+    .describe = shm_describe,
+    .publish = shm_publish,
+    .grant = shm_grant,
+    .revoke = shm_revoke,
+    .can_reach = shm_can_reach,
+    .connect = shm_connect,
+    .disconnect = shm_disconnect,
+    .read = shm_read,
+};

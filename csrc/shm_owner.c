@@ -1,0 +1,239 @@
+/* The owner's side of the shm backend: it only writes its board; readers do the rest. */
+
+#include "shm_board.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+const char pd_shm_magic[8] = "PDSHM01";
+
+struct shm_owner {
+    shm_head *head;
+    int head_fd, board_fd;
+    shm_board *board;
+    uint64_t board_bytes;
+    size_t num_groups;
+    struct group {
+        uint32_t id;
+        uint64_t blocks, first_bit;
+    } *groups;
+};
+
+int shm_here(char boot[40], uint64_t *pid_namespace)
+{
+    struct stat status;
+    int file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t got = file < 0 ? -1 : read(file, boot, 36);
+    if (file >= 0)
+        close(file);
+    if (got != 36 || stat("/proc/self/ns/pid", &status))
+        return pd_fail(ENOTSUP, "/proc does not say what host and pid namespace this is");
+    memset(boot + 36, 0, 4);
+    *pid_namespace = status.st_ino;
+    return 0;
+}
+
+/* A memfd of zeros, mapped for us alone to write: sealed against everything that a reader could do to it. */
+static int make_memfd(const char *name, uint64_t bytes, void **mapping)
+{
+    int file = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (file < 0)
+        return pd_fail(errno, "memfd_create: %s", strerror(errno));
+    if (ftruncate(file, (off_t)bytes) ||
+        (*mapping = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0)) == MAP_FAILED) {
+        int error = errno;
+        close(file);
+        return pd_fail(error, "a memfd of %llu bytes: %s", (unsigned long long)bytes, strerror(error));
+    }
+    fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+    fcntl(file, F_ADD_SEALS, F_SEAL_FUTURE_WRITE); /* not in old kernels */
+    return file;
+}
+
+shm_owner *shm_owner_open(void)
+{
+    shm_owner *owner = calloc(1, sizeof *owner);
+    if (!owner)
+        return NULL;
+    owner->board_fd = -1;
+    owner->head_fd = make_memfd("pd-head", sizeof *owner->head, (void **)&owner->head);
+    if (owner->head_fd < 0 || getrandom(owner->head->token, PD_SHM_TOKEN, 0) != PD_SHM_TOKEN) {
+        shm_owner_close(owner);
+        return NULL;
+    }
+    memcpy(owner->head->magic, pd_shm_magic, sizeof pd_shm_magic);
+    atomic_store(&owner->head->board_fd, -1);
+    return owner;
+}
+
+static void drop_board(shm_owner *owner)
+{
+    if (owner->board)
+        munmap(owner->board, owner->board_bytes);
+    if (owner->board_fd >= 0)
+        close(owner->board_fd);
+    free(owner->groups);
+    owner->board = NULL, owner->groups = NULL;
+    owner->board_fd = -1, owner->num_groups = 0;
+}
+
+void shm_owner_close(shm_owner *owner)
+{
+    drop_board(owner);
+    if (owner->head_fd >= 0) {
+        atomic_store(&owner->head->closed, 1);
+        munmap(owner->head, sizeof *owner->head);
+        close(owner->head_fd);
+    }
+    free(owner);
+}
+
+int shm_owner_describe(const shm_owner *owner, shm_where *out)
+{
+    memset(out, 0, sizeof *out);
+    memcpy(out->magic, pd_shm_magic, sizeof pd_shm_magic);
+    memcpy(out->token, owner->head->token, PD_SHM_TOKEN);
+    out->pid = getpid();
+    out->head_fd = owner->head_fd;
+    return shm_here(out->boot, &out->pid_namespace);
+}
+
+/* Number the groups' blocks: one bit each in every slot. Returns the bits of a slot. */
+static uint64_t number_groups(shm_owner *owner, const pd_memory *memory)
+{
+    uint64_t bits = 0;
+    for (size_t i = 0; i < memory->num_grids; i++) {
+        const pd_grid *grid = &memory->grids[i];
+        size_t g = 0;
+        while (g < owner->num_groups && owner->groups[g].id != grid->group)
+            g++;
+        if (g == owner->num_groups)
+            owner->groups[owner->num_groups++] = (struct group){grid->group, 0, 0};
+        if (owner->groups[g].blocks < grid->num_blocks)
+            owner->groups[g].blocks = grid->num_blocks;
+    }
+    for (size_t g = 0; g < owner->num_groups; g++) {
+        owner->groups[g].first_bit = bits;
+        bits += owner->groups[g].blocks;
+    }
+    return bits;
+}
+
+static uint64_t first_bit(const shm_owner *owner, uint32_t group)
+{
+    for (size_t g = 0; g < owner->num_groups; g++)
+        if (owner->groups[g].id == group)
+            return owner->groups[g].first_bit;
+    return 0;
+}
+
+int shm_owner_publish(shm_owner *owner, const pd_memory *memory)
+{
+    drop_board(owner);
+    owner->groups = calloc(memory->num_grids ? memory->num_grids : 1, sizeof *owner->groups);
+    if (!owner->groups)
+        return pd_fail(ENOMEM, "no memory for %zu groups", memory->num_grids);
+    shm_board layout = {.num_regions = memory->num_regions, .num_grids = memory->num_grids};
+    layout.slot_words = sizeof(shm_slot) / 8 + number_groups(owner, memory) / 64 + 1;
+    layout.regions_at = sizeof layout;
+    layout.grids_at = layout.regions_at + memory->num_regions * sizeof(pd_region);
+    layout.slots_at = (layout.grids_at + memory->num_grids * sizeof(shm_grid) + 63) / 64 * 64;
+    owner->board_bytes = layout.slots_at + PD_SHM_SLOTS * layout.slot_words * 8; /* pages come with the first use */
+    owner->board_fd = make_memfd("pd-board", owner->board_bytes, (void **)&owner->board);
+    if (owner->board_fd < 0) {
+        owner->board = NULL;
+        return -EIO;
+    }
+    *owner->board = layout;
+    char *base = (char *)owner->board;
+    if (memory->num_regions)
+        memcpy(base + layout.regions_at, memory->regions, memory->num_regions * sizeof(pd_region));
+    shm_grid *grids = (shm_grid *)(base + layout.grids_at);
+    for (size_t i = 0; i < memory->num_grids; i++)
+        grids[i] = (shm_grid){memory->grids[i], first_bit(owner, memory->grids[i].group)};
+    for (size_t i = 0; i < memory->num_regions; i++)
+        if (memory->regions[i].fd < 0)
+            prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0); /* where Yama restricts process_vm_readv */
+    atomic_fetch_add(&owner->head->sequence, 1);
+    atomic_store(&owner->head->board_fd, owner->board_fd);
+    atomic_store(&owner->head->board_bytes, owner->board_bytes);
+    atomic_fetch_add(&owner->head->sequence, 1);
+    return 0;
+}
+
+static shm_slot *slot_at(const shm_owner *owner, uint64_t index)
+{
+    char *base = (char *)owner->board + owner->board->slots_at;
+    return (shm_slot *)(base + index % PD_SHM_SLOTS * owner->board->slot_words * 8);
+}
+
+static shm_slot *find(const shm_owner *owner, uint64_t number, uint64_t epoch)
+{
+    for (uint64_t i = 0; owner->board && i < PD_SHM_PROBES; i++) {
+        shm_slot *slot = slot_at(owner, number + i);
+        if (atomic_load(&slot->used) && atomic_load(&slot->number) == number && atomic_load(&slot->epoch) == epoch)
+            return slot;
+    }
+    return NULL;
+}
+
+static shm_slot *find_free(const shm_owner *owner, uint64_t number)
+{
+    for (uint64_t i = 0; i < PD_SHM_PROBES; i++)
+        if (!atomic_load(&slot_at(owner, number + i)->used))
+            return slot_at(owner, number + i);
+    return NULL;
+}
+
+int shm_owner_grant(shm_owner *owner, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
+{
+    if (!owner->board)
+        return pd_fail(EINVAL, "no memory is registered");
+    shm_slot *slot = find(owner, lease->number, lease->epoch);
+    if (!slot)
+        slot = find_free(owner, lease->number);
+    if (!slot)
+        return pd_fail(ENOSPC, "too many leases are granted at once: %d fit", PD_SHM_SLOTS);
+    uint64_t words = owner->board->slot_words - sizeof(shm_slot) / 8;
+    uint64_t capability[PD_MAX_CAPABILITY / 8] = {0};
+    memcpy(capability, lease->capability, lease->capability_bytes);
+    atomic_fetch_add(&slot->sequence, 1);
+    atomic_store(&slot->number, lease->number);
+    atomic_store(&slot->epoch, lease->epoch);
+    atomic_store(&slot->capability_bytes, lease->capability_bytes);
+    for (size_t i = 0; i < PD_MAX_CAPABILITY / 8; i++)
+        atomic_store_explicit(&slot->capability[i], capability[i], memory_order_relaxed);
+    for (uint64_t i = 0; i < words; i++)
+        atomic_store_explicit(&slot->bits[i], 0, memory_order_relaxed);
+    for (size_t g = 0; g < num_groups; g++)
+        for (size_t i = 0; i < owner->num_groups; i++) {
+            const struct group *group = &owner->groups[i];
+            for (size_t k = 0; group->id == blocks[g].group && k < blocks[g].count; k++) {
+                uint64_t bit = group->first_bit + blocks[g].ids[k];
+                if (blocks[g].ids[k] < group->blocks) /* a block that does not exist cannot be read anyway */
+                    atomic_store_explicit(&slot->bits[bit / 64],
+                                          atomic_load_explicit(&slot->bits[bit / 64], memory_order_relaxed) | 1ull << bit % 64,
+                                          memory_order_relaxed);
+            }
+        }
+    atomic_store(&slot->used, 1);
+    atomic_fetch_add(&slot->sequence, 1);
+    return 0;
+}
+
+void shm_owner_revoke(shm_owner *owner, uint64_t number, uint64_t epoch)
+{
+    shm_slot *slot = find(owner, number, epoch);
+    if (!slot)
+        return;
+    atomic_fetch_add(&slot->sequence, 1);
+    atomic_store(&slot->used, 0);
+    atomic_fetch_add(&slot->sequence, 1);
+}

@@ -1,0 +1,220 @@
+"""Every transport whose data plane is the C extension; a backend in C is a class of a few lines here.
+
+C does what must be fast or must not wait for the interpreter: it cuts plans into slices, moves them in its own threads
+and ends reads. It crosses over once per call, in packed arrays whose size is the number of runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from types import ModuleType
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from pd_connector.errors import LocalProtocolError, TransportUnavailable
+from pd_connector.memory import MemoryKind, Region, native, order_grids, pool_at
+from pd_connector.plan import CopyPlan
+from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
+from pd_connector.transport.grants import check_capability, check_claim
+from pd_connector.transport.options import parse_options
+
+_STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, Status.ERROR)
+_REGION = struct.Struct("=QQiIQQ")
+_GRID = struct.Struct("=IIQQQQ")
+_PATTERN = struct.Struct("=5Q")
+_NEVER = 0
+"""A peer number that C never saw."""
+
+
+class NativeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``threads`` that copy for this agent's reads (0: two, or one where they have one processor), ``cpus`` they run on
+    (default: all this process may use)."""
+
+    threads: int = 0
+    cpus: tuple[int, ...] = ()
+
+
+class NativeTransport(Transport):
+    backend: ClassVar[str]
+
+    def __init__(self, agent: str, options: Mapping[str, Any]) -> None:
+        parsed = parse_options(self.name, options, NativeOptions)
+        self._agent, self._pid = agent, os.getpid()
+        self._native = _require(self.name)
+        self._lock = threading.Lock()  # C must not be called while or after it closes
+        self._closed = False
+        self._peers: dict[PeerId, int] = {}
+        self._numbers = count(_NEVER + 1)
+        self._registered: list[Sequence[Region]] = []  # reads may still write into memory that was unregistered
+        threads = parsed.threads or min(2, len(parsed.cpus) or os.cpu_count() or 1)
+        try:
+            self._handle = self._native.open(self.backend, threads, np.array(parsed.cpus, np.intc))
+            self._description: bytes = self._native.describe(self._handle)
+        except RuntimeError as error:
+            raise TransportUnavailable(self.name, str(error)) from error
+        self._fileno: int = self._native.fileno(self._handle)
+
+    @classmethod
+    def probe(cls, options: Mapping[str, Any]) -> str | None:
+        try:
+            _require(cls.name)
+        except TransportUnavailable as error:
+            return error.reason
+        return None
+
+    def describe(self) -> bytes:
+        return self._description
+
+    def can_reach(self, remote: bytes) -> str | None:
+        with self._usable() as c:
+            reason: str | None = c.can_reach(self._handle, remote)
+            return reason
+
+    def register(self, regions: Sequence[Region]) -> None:
+        for region in regions:
+            if region.kind is not MemoryKind.HOST:
+                raise LocalProtocolError(f"{region}: this transport reaches host memory only")
+        packed = b"".join(map(_pack_region, regions))
+        refs = order_grids(regions)
+        grids = b"".join(
+            _GRID.pack(
+                ref.region,
+                ref.grid.group,
+                ref.grid.offset,
+                ref.grid.block_stride,
+                ref.grid.block_bytes,
+                ref.grid.num_blocks,
+            )
+            for ref in refs
+        )
+        with self._usable() as c:
+            self._registered.append(tuple(regions))
+            c.register(self._handle, packed, grids)
+
+    def unregister(self) -> None:
+        self.register([])
+
+    def grant(self, lease: LeaseId, capability: bytes, blocks: LeasedBlocks) -> None:
+        check_claim(lease, capability)
+        check_capability(lease, capability)
+        groups = [(group, np.ascontiguousarray(ids, np.uint32)) for group, ids in blocks.items()]
+        with self._usable() as c:
+            c.grant(self._handle, lease.number, lease.epoch, capability, groups)
+
+    def revoke(self, lease: LeaseId) -> None:
+        with self._usable() as c:
+            c.revoke(self._handle, lease.number, lease.epoch)
+
+    def connect(self, peer: PeerId, remote: bytes, tag: int) -> None:
+        with self._usable() as c:
+            c.disconnect(self._handle, self._peers.pop(peer, _NEVER))
+            number = next(self._numbers)
+            c.connect(self._handle, number, peer, remote, tag)
+            self._peers[peer] = number
+
+    def disconnect(self, peer: PeerId) -> None:
+        with self._usable() as c:
+            c.disconnect(self._handle, self._peers.pop(peer, _NEVER))
+
+    def post_read(
+        self, peer: PeerId, lease: LeaseId, capability: bytes, plan: CopyPlan, tag: int, priority: int = 0
+    ) -> None:
+        check_claim(lease, capability)
+        runs, patterns = plan.runs, _pack_patterns(plan)
+        if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.uint32:
+            raise LocalProtocolError(f"runs must be uint32 of shape (n, 3), got {runs.dtype} of {runs.shape}")
+        with self._usable() as c:
+            number = self._peers.get(peer, _NEVER)
+            claim = (lease.number, lease.epoch, capability)
+            c.post_read(self._handle, number, *claim, np.ascontiguousarray(runs), patterns, tag, priority)
+
+    def cancel(self, tag: int) -> None:
+        with self._usable() as c:
+            c.cancel(self._handle, tag)
+
+    def fence(self, peer: PeerId, tag: int) -> None:
+        with self._usable() as c:
+            c.fence(self._handle, self._peers.get(peer, _NEVER), tag)
+
+    def poll(self, limit: int) -> list[Completion]:
+        self._check_process()
+        with self._lock:
+            if self._closed:
+                return []
+            return [
+                Completion(tag, _STATUS[status], words)
+                for tag, status, words in self._native.poll(self._handle, max(limit, 0))
+            ]
+
+    def close(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a fork's copy: the threads are the parent's
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._native.close(self._handle)
+                self._registered.clear()
+
+    def fileno(self) -> int:
+        self._check_process()
+        return self._fileno
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise LocalProtocolError(
+                f"transport {self.name!r} of agent {self._agent} belongs to process {self._pid}, not to its fork "
+                f"{os.getpid()}: create an agent in the child"
+            )
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[Any]:
+        """The extension, for calls on our handle; what C refuses is a LocalProtocolError."""
+        self._check_process()
+        with self._lock:
+            if self._closed:
+                raise LocalProtocolError(f"transport {self.name!r} of agent {self._agent} is closed")
+            try:
+                yield self._native
+            except (RuntimeError, OverflowError) as error:
+                raise LocalProtocolError(f"transport {self.name!r}: {error}") from error
+
+
+class ShmTransport(NativeTransport):
+    """Between processes of one host, without the kernel's network: see csrc/shm.c."""
+
+    name: ClassVar[str] = "shm"
+    backend: ClassVar[str] = "shm"
+    traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.HOST)
+
+
+def _require(name: str) -> ModuleType:
+    found = native()
+    if found is None:
+        raise TransportUnavailable(
+            name,
+            "the C extension is not installed: with a C compiler, PD_NATIVE=require pip install says what is missing",
+        )
+    return found
+
+
+def _pack_region(region: Region) -> bytes:
+    pool = pool_at(region.address, region.length)
+    if pool is None:
+        return _REGION.pack(region.address, region.length, -1, 0, 0, 0)
+    return _REGION.pack(region.address, region.length, pool.fd, 0, region.address - pool.address, len(pool))
+
+
+def _pack_patterns(plan: CopyPlan) -> bytes:
+    try:
+        return b"".join(
+            _PATTERN.pack(p.src_grid, p.dst_grid, p.src_offset, p.dst_offset, p.run_bytes) for p in plan.patterns
+        )
+    except struct.error as error:
+        raise LocalProtocolError("a pattern of the plan has an impossible grid, offset or size") from error
