@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint sim clean
+.PHONY: help venv demo test test-fast native-test lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -26,6 +26,14 @@ test: venv ## all tests, real vLLM included (ARGS="-k name")
 
 test-fast: venv ## the tests that need no real vLLM
 	@$(BIN)/python -m pytest --durations=15 -m "not vllm" $(ARGS)
+
+native-test: ## the C code without Python under the address, undefined-behaviour and thread sanitizers
+	@mkdir -p build
+	@for sanitizer in address,undefined thread; do \
+		echo "native-test: $$sanitizer"; \
+		$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
+			-fsanitize=$$sanitizer -pthread tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
+			-o build/stress-$$sanitizer && timeout 600 build/stress-$$sanitizer || exit 1; done
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test
 	$(BIN)/python -m ruff check .

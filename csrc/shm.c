@@ -302,14 +302,13 @@ static finding inspect(const view *seen, const shm_slot *slot, const pd_slice *s
     memcpy(capability, lease->capability, lease->capability_bytes);
     uint64_t wrong = atomic_load(&slot->capability_bytes) ^ lease->capability_bytes;
     for (size_t i = 0; i < PD_MAX_CAPABILITY / 8; i++)
-        wrong |= atomic_load_explicit(&slot->capability[i], memory_order_relaxed) ^ capability[i];
+        wrong |= atomic_load_explicit(&slot->capability[i], memory_order_acquire) ^ capability[i];
     for (size_t i = 0; !wrong && i < slice->count; i++) {
         const pd_piece *piece = &slice->pieces[i];
         uint64_t bit = seen->grids[piece->grid].first_bit + piece->block;
         for (uint64_t end = bit + piece->blocks; bit < end; bit++)
-            wrong |= ~atomic_load_explicit(&slot->bits[bit / 64], memory_order_relaxed) >> bit % 64 & 1;
+            wrong |= ~atomic_load_explicit(&slot->bits[bit / 64], memory_order_acquire) >> bit % 64 & 1;
     }
-    atomic_thread_fence(memory_order_acquire);
     if (atomic_load(&slot->sequence) != sequence)
         return CHANGING;
     return wrong ? NOT_COVERED : COVERED;

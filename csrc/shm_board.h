@@ -3,7 +3,7 @@
  * The *head* lasts as long as the agent and says where the current *board* is; the board lists the regions and grids
  * that are registered and has one slot per granted lease, with a bit per block. An owner that registers again makes
  * a new board. Whoever reads a slot checks its sequence number before and after (odd: being written), so that a grant
- * or revocation in between is noticed; every word is read and written atomically. */
+ * or revocation in between is noticed; every word is read with acquire and written with release order. */
 #ifndef PD_SHM_BOARD_H
 #define PD_SHM_BOARD_H
 

@@ -192,6 +192,15 @@ static shm_slot *find_free(const shm_owner *owner, uint64_t number)
     return NULL;
 }
 
+static void set_bits(shm_slot *slot, const struct group *group, const pd_blocks *blocks)
+{
+    for (size_t i = 0; i < blocks->count; i++)
+        if (blocks->ids[i] < group->blocks) { /* a block that does not exist cannot be read anyway */
+            uint64_t bit = group->first_bit + blocks->ids[i];
+            atomic_fetch_or_explicit(&slot->bits[bit / 64], 1ull << bit % 64, memory_order_release);
+        }
+}
+
 int shm_owner_grant(shm_owner *owner, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
 {
     if (!owner->board)
@@ -209,20 +218,13 @@ int shm_owner_grant(shm_owner *owner, const pd_lease *lease, const pd_blocks *bl
     atomic_store(&slot->epoch, lease->epoch);
     atomic_store(&slot->capability_bytes, lease->capability_bytes);
     for (size_t i = 0; i < PD_MAX_CAPABILITY / 8; i++)
-        atomic_store_explicit(&slot->capability[i], capability[i], memory_order_relaxed);
+        atomic_store_explicit(&slot->capability[i], capability[i], memory_order_release);
     for (uint64_t i = 0; i < words; i++)
-        atomic_store_explicit(&slot->bits[i], 0, memory_order_relaxed);
+        atomic_store_explicit(&slot->bits[i], 0, memory_order_release);
     for (size_t g = 0; g < num_groups; g++)
-        for (size_t i = 0; i < owner->num_groups; i++) {
-            const struct group *group = &owner->groups[i];
-            for (size_t k = 0; group->id == blocks[g].group && k < blocks[g].count; k++) {
-                uint64_t bit = group->first_bit + blocks[g].ids[k];
-                if (blocks[g].ids[k] < group->blocks) /* a block that does not exist cannot be read anyway */
-                    atomic_store_explicit(&slot->bits[bit / 64],
-                                          atomic_load_explicit(&slot->bits[bit / 64], memory_order_relaxed) | 1ull << bit % 64,
-                                          memory_order_relaxed);
-            }
-        }
+        for (size_t i = 0; i < owner->num_groups; i++)
+            if (owner->groups[i].id == blocks[g].group)
+                set_bits(slot, &owner->groups[i], &blocks[g]);
     atomic_store(&slot->used, 1);
     atomic_fetch_add(&slot->sequence, 1);
     return 0;

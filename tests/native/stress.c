@@ -1,0 +1,246 @@
+/* The native data plane without Python, for the sanitizers: every copier, and reads over a backend with everything that
+ * can happen to them, many at once. Every byte that was promised is compared. */
+
+#include "../../csrc/pd.h"
+
+#include <poll.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+
+#define assert(true_) ((true_) ? (void)0 : (fprintf(stderr, "%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #true_, pd_last_error()), abort()))
+
+enum { LAYERS = 3, BLOCKS = 64, BLOCK = 24 * 1024 + 64, STRIDE = BLOCK + 4096, READERS = 3, ROUNDS = 200 };
+
+static const unsigned char CAPABILITY[16] = "sixteen bytes...";
+static const uint64_t WHOLE = (uint64_t)LAYERS * BLOCKS * STRIDE;
+
+static unsigned char byte_of(uint64_t at)
+{
+    return (unsigned char)((at * 0x9E3779B97F4A7C15u) >> 56 | 1);
+}
+
+static void copiers(void)
+{
+    static unsigned char from[5000], to[5200];
+    for (int i = 0; i < pd_copier_count(); i++)
+        for (size_t bytes = 0; pd_copier_name(i) && bytes < 4000; bytes += bytes < 700 ? 1 : 97)
+            for (size_t shift = 0; shift < 67; shift += 11) {
+                for (size_t k = 0; k < sizeof from; k++)
+                    from[k] = byte_of(k + bytes);
+                memset(to, 0, sizeof to);
+                pd_copy_with(i, to + 100 + shift, from + shift / 2, bytes);
+                assert(!memcmp(to + 100 + shift, from + shift / 2, bytes));
+                for (size_t k = 0; k < sizeof to; k++)
+                    assert((k >= 100 + shift && k < 100 + shift + bytes) || !to[k]);
+            }
+}
+
+typedef struct {
+    pd_transport *transport;
+    unsigned char *bytes;
+} agent;
+
+static agent make(bool pooled, bool filled)
+{
+    agent made;
+    int fd = pooled ? memfd_create("pool", MFD_CLOEXEC | MFD_ALLOW_SEALING) : -1;
+    assert(!pooled || !ftruncate(fd, WHOLE));
+    made.bytes = mmap(NULL, WHOLE, PROT_READ | PROT_WRITE, pooled ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
+    assert(made.bytes != MAP_FAILED);
+    if (pooled) {
+        assert(!fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW));
+    }
+    for (uint64_t at = 0; filled && at < WHOLE; at++)
+        made.bytes[at] = byte_of(at);
+    pd_grid grids[LAYERS];
+    for (int i = 0; i < LAYERS; i++)
+        grids[i] = (pd_grid){0, 0, (uint64_t)i * BLOCKS * STRIDE, STRIDE, BLOCK, BLOCKS};
+    pd_region region = {(uint64_t)(uintptr_t)made.bytes, WHOLE, fd, 0, 0, pooled ? WHOLE : 0};
+    pd_options options = {.threads = 3};
+    assert(!pd_open("shm", &options, &made.transport));
+    assert(!pd_register(made.transport, &region, 1, grids, LAYERS));
+    return made;
+}
+
+static void grant(pd_transport *transport, uint64_t epoch, uint32_t from)
+{
+    uint32_t ids[BLOCKS];
+    for (uint32_t i = from; i < BLOCKS; i++)
+        ids[i - from] = i;
+    pd_blocks blocks = {ids, BLOCKS - from, 0};
+    pd_lease lease = {1, epoch, CAPABILITY, sizeof CAPABILITY};
+    assert(!pd_grant(transport, &lease, &blocks, 1));
+}
+
+static pd_completion wait_for(pd_transport *transport, uint64_t tag)
+{
+    pd_completion got;
+    for (;;) {
+        struct pollfd bell = {pd_fileno(transport), POLLIN, 0};
+        assert(poll(&bell, 1, 20000) == 1);
+        if (pd_poll(transport, &got, 1) && got.tag == tag)
+            return got;
+    }
+}
+
+static int post(pd_transport *transport, uint64_t epoch, uint32_t src, uint32_t dst, uint32_t count, uint64_t tag)
+{
+    pd_run run = {src, dst, count};
+    pd_pattern patterns[LAYERS];
+    for (uint64_t i = 0; i < LAYERS; i++)
+        patterns[i] = (pd_pattern){i, i, 0, 0, BLOCK};
+    pd_lease lease = {1, epoch, CAPABILITY, sizeof CAPABILITY};
+    return pd_post_read(transport, 1, &lease, &run, 1, patterns, LAYERS, tag, (int)(tag % 2));
+}
+
+static void same(const agent *reader, uint32_t src, uint32_t dst, uint32_t count)
+{
+    for (uint64_t layer = 0; layer < LAYERS; layer++)
+        for (uint64_t k = 0; k < count; k++)
+            for (uint64_t at = 0; at < BLOCK; at++)
+                assert(reader->bytes[(layer * BLOCKS + dst + k) * STRIDE + at] ==
+                       byte_of((layer * BLOCKS + src + k) * STRIDE + at));
+}
+
+static void *owner_life(void *argument)
+{
+    pd_transport *transport = argument;
+    for (uint64_t epoch = 2; epoch < 400; epoch++) {
+        grant(transport, epoch, (uint32_t)epoch % 8);
+        usleep(200);
+        assert(!pd_revoke(transport, 1, epoch));
+    }
+    return NULL;
+}
+
+static void *reader_life(void *argument)
+{
+    pd_transport *owner = argument;
+    unsigned seed = (unsigned)(uintptr_t)&seed;
+    agent reader = make(false, false);
+    unsigned char where[PD_MAX_DESCRIPTION];
+    int bytes = pd_describe(owner, where, sizeof where);
+    uint64_t tag = 1, done = 0;
+    assert(bytes > 0);
+    assert(!pd_can_reach(reader.transport, where, (size_t)bytes));
+    assert(!pd_connect(reader.transport, 1, "owner", where, (size_t)bytes, ++tag));
+    assert(wait_for(reader.transport, tag).status == PD_DONE);
+    for (int round = 0; round < ROUNDS; round++) {
+        uint32_t src = (uint32_t)rand_r(&seed) % BLOCKS, dst = (uint32_t)rand_r(&seed) % BLOCKS;
+        uint32_t most = BLOCKS - (src > dst ? src : dst), count = 1 + (uint32_t)rand_r(&seed) % most;
+        uint64_t epoch = rand_r(&seed) % 4 ? 1 : 2 + (unsigned)rand_r(&seed) % 398;
+        uint64_t first = ++tag;
+        assert(!post(reader.transport, epoch, src, dst, count, first));
+        assert(post(reader.transport, epoch, src, dst, count, first) < 0);
+        pd_completion end;
+        switch (rand_r(&seed) % 5) {
+        case 0:
+            assert(!pd_cancel(reader.transport, first));
+            break;
+        case 1:
+            assert(!pd_fence(reader.transport, 1, ++tag));
+            break;
+        case 2:
+            if (dst) /* blocks that the first read does not write to */
+                assert(!post(reader.transport, 1, src, 0, 1, ++tag));
+            break;
+        case 3:
+            assert(!pd_disconnect(reader.transport, 1));
+            assert(!pd_connect(reader.transport, 1, "owner", where, (size_t)bytes, ++tag));
+            break;
+        default:
+            break;
+        }
+        for (uint64_t left = tag - first + 1; left;) {
+            struct pollfd bell = {pd_fileno(reader.transport), POLLIN, 0};
+            assert(poll(&bell, 1, 20000) == 1);
+            if (!pd_poll(reader.transport, &end, 1))
+                continue;
+            left--;
+            assert(end.status == PD_DONE || end.status == PD_CANCELLED || (epoch != 1 && end.status == PD_NOT_GRANTED));
+            if (end.tag == first && end.status == PD_DONE) {
+                same(&reader, src, dst, count);
+                done++;
+            }
+        }
+    }
+    assert(done > ROUNDS / 8);
+    pd_close(reader.transport);
+    munmap(reader.bytes, WHOLE);
+    return NULL;
+}
+
+static void live(bool pooled)
+{
+    agent owner = make(pooled, true);
+    pthread_t threads[READERS + 1];
+    grant(owner.transport, 1, 0);
+    pthread_create(&threads[READERS], NULL, owner_life, owner.transport);
+    for (int i = 0; i < READERS; i++)
+        pthread_create(&threads[i], NULL, reader_life, owner.transport);
+    for (int i = 0; i <= READERS; i++)
+        pthread_join(threads[i], NULL);
+    pd_close(owner.transport);
+    munmap(owner.bytes, WHOLE);
+}
+
+/* An owner in another process that is killed while it is read: every read ends, and the peer is lost. */
+static void killed(bool pooled)
+{
+    int pipes[2];
+    assert(!pipe(pipes));
+    pid_t child = fork();
+    if (!child) {
+        agent owner = make(pooled, true);
+        unsigned char where[PD_MAX_DESCRIPTION];
+        grant(owner.transport, 1, 0);
+        int bytes = pd_describe(owner.transport, where, sizeof where);
+        assert(write(pipes[1], where, (size_t)bytes) == bytes);
+        pause();
+        _exit(0);
+    }
+    unsigned char where[PD_MAX_DESCRIPTION];
+    ssize_t bytes = read(pipes[0], where, sizeof where);
+    agent reader = make(false, false);
+    assert(bytes > 0 && !pd_connect(reader.transport, 1, "owner", where, (size_t)bytes, 1));
+    assert(wait_for(reader.transport, 1).status == PD_DONE);
+    for (uint64_t tag = 2; tag < 40; tag++) {
+        assert(!post(reader.transport, 1, 0, 0, BLOCKS, tag));
+        if (tag == 20) {
+            kill(child, 9);
+            waitpid(child, NULL, 0);
+        }
+        pd_status status = wait_for(reader.transport, tag).status;
+        assert(tag < 20 ? status == PD_DONE : tag > 20 ? status == PD_PEER_LOST : status != PD_ERROR);
+    }
+    assert(pd_can_reach(reader.transport, where, (size_t)bytes) < 0);
+    for (size_t at = 0; at < (size_t)bytes; at++) { /* descriptions with one wrong byte, shorter and longer ones */
+        where[at] ^= 0x41;
+        assert(pd_can_reach(reader.transport, where, (size_t)bytes) < 0 && pd_can_reach(reader.transport, where, at) < 0);
+        where[at] ^= 0x41;
+    }
+    pd_close(reader.transport);
+    munmap(reader.bytes, WHOLE);
+    close(pipes[0]);
+    close(pipes[1]);
+}
+
+int main(void)
+{
+    copiers();
+    for (int pooled = 0; pooled < 2; pooled++) {
+        killed(pooled);
+        live(pooled);
+    }
+    puts("stress: all bytes right");
+    return 0;
+}
