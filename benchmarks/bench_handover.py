@@ -6,7 +6,7 @@ frames with pyzmq: zero-copy, the receiver drops them, so one copy less than a h
 size comes from P's own counters: blocks that are neighbours in memory travel as one frame. A second bare pair sends one
 frame per block and layer. Ratios are of medians.
 
-    python benchmarks/bench_handover.py [--rounds 7] [--tokens 4096] [--json]
+    python benchmarks/bench_handover.py [--transport zmq|shm] [--rounds 7] [--tokens 4096] [--json]
 """
 
 from __future__ import annotations
@@ -132,10 +132,11 @@ def hand_over(p: Instance, d: Instance, tokens: int, seed: int) -> dict[str, flo
     }
 
 
-def measure(rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
+def measure(transport: str, rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
     model = build_model(directory / "model", WIDE_KV)
-    p = vllm_instance("P", model, directory / "p.log", role="kv_producer", core=0)
-    d = vllm_instance("D", model, directory / "d.log", role="kv_consumer", core=1)
+    extra = {"transport": transport}
+    p = vllm_instance("P", model, directory / "p.log", role="kv_producer", core=0, extra=extra)
+    d = vllm_instance("D", model, directory / "d.log", role="kv_consumer", core=1, extra=extra)
     block_bytes = BLOCK_TOKENS * WIDE_KV.kv_bytes_per_token // WIDE_KV.layers
     blocks = -(-tokens // BLOCK_TOKENS) * WIDE_KV.layers
     try:
@@ -148,7 +149,7 @@ def measure(rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
         ours, bare, blockwise = [], [], []
         for round_number in range(rounds + 1):
             ours.append(hand_over(p, d, tokens, round_number))
-            frames = int(ours[-1]["frames"])
+            frames = int(ours[-1]["frames"]) or blocks
             bare.append(bare_gbps(frames, int(ours[-1]["bytes"]) // frames))
             blockwise.append(bare_gbps(blocks, block_bytes))
             print(
@@ -162,7 +163,7 @@ def measure(rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
     first, later = ours[0], ours[1:]
     seconds = [row["connect"] + row["wire"] + row["commit"] for row in later]
     row = {
-        "case": "vllm 1P1D, sequential, zmq",
+        "case": f"vllm 1P1D, sequential, {transport}",
         "tokens": tokens,
         "bytes": int(first["bytes"]),
         "frames": [int(r["frames"]) for r in later],
@@ -187,12 +188,13 @@ def measure(rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--transport", choices=("zmq", "shm"), default="zmq")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--json", action="store_true", help="print the row as JSON only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        row = measure(arguments.rounds, arguments.tokens, Path(directory))
+        row = measure(arguments.transport, arguments.rounds, arguments.tokens, Path(directory))
     path = machine.write("handover", [row])
     if arguments.json:
         print(json.dumps(row))

@@ -7,6 +7,7 @@ value that cannot be used is a ConfigError that names the key, what is allowed a
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ from msgspec import Meta
 
 from pd_connector.errors import ConfigError
 
+MAX_MODEL = 256
+"""Characters; the bound of every name in the protocol."""
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
@@ -83,7 +86,7 @@ def _check(config: Config) -> None:
     if bool(config.public_key) != bool(config.secret_key):
         raise ConfigError("public_key and secret_key go together; make a pair with 'pdc keygen'")
     for key in (config.public_key, config.secret_key, *config.allowed_keys):
-        if key and len(key) != 40:
+        if key and (len(key) != 40 or not key.isascii()):
             raise ConfigError(f"a CURVE key has 40 Z85 characters, one of yours has {len(key)}; see 'pdc keygen'")
     if config.secret_key and not config.allowed_keys:
         raise ConfigError("with a secret_key, allowed_keys must list the public keys of the peers")
@@ -92,12 +95,17 @@ def _check(config: Config) -> None:
             f"host {config.host!r} is reachable by others and no keys are set; "
             "set public_key, secret_key and allowed_keys ('pdc keygen'), or write insecure: true"
         )
+    if len(config.model) > MAX_MODEL:
+        raise ConfigError(f"model has {len(config.model)} characters, at most {MAX_MODEL} travel to peers")
     if config.lease_cap_seconds < config.lease_seconds:
         raise ConfigError(f"lease_cap_seconds {config.lease_cap_seconds:g} is below lease_seconds")
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def engine_host_ip() -> str:

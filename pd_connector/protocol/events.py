@@ -73,6 +73,7 @@ class Pull:
     rank: int = 0
     priority: int = 0
     audit: bool = False
+    terms: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Lease blocks (ids per group) to ``readers`` distinct readers for ``seconds``, renewable up to ``cap_seconds``."""
+    """Lease blocks (ids per group) to ``readers`` distinct readers for ``seconds``, renewable up to ``cap_seconds``.
+    ``terms`` are those of the ticket that was given out; a reader with others is told "not held"."""
 
     number: int
     epoch: int
@@ -92,6 +94,7 @@ class Grant:
     readers: int
     seconds: float
     cap_seconds: float
+    terms: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class Lease:
     seconds: float
     deadline: float
     cap: float
+    terms: bytes = b""
     state: LeaseState = LeaseState.HELD
     reason: str = ""
     done: set[str] = field(default_factory=set)
@@ -74,9 +75,9 @@ class Answer:
     compared: int = 0
 
 
-Asked = tuple[int, int, int, int, int, bytes]
-"""What a COMMIT asked: (reader's incarnation, transfer, part, lease, epoch, capability). All of it, because transfer
-numbers repeat in the next incarnation, and nobody may leave an answer about one lease where another asks for it."""
+Asked = tuple[int, int, int, int, int, bytes, bytes]
+"""What a COMMIT asked: (reader's incarnation, transfer, part, lease, epoch, capability, terms). All of it, because
+transfer numbers repeat in the next incarnation, and nobody may leave an answer where another question looks for it."""
 
 
 class Unknown(StrEnum):

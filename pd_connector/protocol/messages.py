@@ -20,9 +20,12 @@ MAX_FRAME = 4 * 2**20
 MAX_WORDS = 4096
 CAPABILITY_BYTES = 16
 DIGEST_BYTES = 8
+TERMS_BYTES = 16
 
 U64 = Annotated[int, Meta(ge=0)]  # MessagePack itself ends at 2**64 - 1
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Terms = Annotated[bytes, Meta(max_length=TERMS_BYTES)]
+"""Digest of what the reader's ticket says about the lease (Ticket.terms)."""
 Millis = Annotated[int, Meta(ge=0, le=2**40)]
 Name = Annotated[str, Meta(max_length=256)]
 Words = Annotated[str, Meta(max_length=MAX_WORDS)]
@@ -82,6 +85,7 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     capability: Capability
     reader: Name
     transport: Name
+    terms: Terms = b""
 
 
 class Opened(Message, tag="opened", frozen=True, kw_only=True):
@@ -102,6 +106,7 @@ class Commit(Message, tag="commit", frozen=True, kw_only=True):
     reader: Name
     final: bool
     audit: Audit | None = None
+    terms: Terms = b""
 
 
 class Verdict(Message, tag="verdict", frozen=True, kw_only=True):

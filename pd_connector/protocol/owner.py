@@ -68,6 +68,7 @@ class Owner:
             seconds=event.seconds,
             deadline=now + min(event.seconds, event.cap_seconds),
             cap=now + event.cap_seconds,
+            terms=event.terms,
         )
         self.table.grant(lease)
         self._context.counters["leases_granted"] += 1
@@ -136,6 +137,11 @@ class Owner:
 
     def _held(self, route: str, message: LeaseRequest, lease: Lease, now: float) -> None:
         me = self._context.incarnation
+        if isinstance(message, Open | Commit) and message.terms != lease.terms:
+            self._context.counters["terms_mismatched"] += 1
+            reason = "the ticket was changed on its way: its blocks, tokens or key are not those of the lease"
+            self._not_held(route, message, reason)
+            return
         if isinstance(message, Commit):
             self._commit(route, message, lease, now)
             return
@@ -158,9 +164,9 @@ class Owner:
                 Renewed(src=me, dst=message.src, lease=lease.number, epoch=lease.epoch, held=True, remaining_ms=left),
             )
 
-    def _not_held(self, route: str, message: LeaseRequest) -> None:
+    def _not_held(self, route: str, message: LeaseRequest, reason: str = "") -> None:
         me = self._context.incarnation
-        reason = f"lease {message.lease} is not held: {self.table.reason_of(message.lease)}"[:MAX_WORDS]
+        reason = f"lease {message.lease} is not held: {reason or self.table.reason_of(message.lease)}"[:MAX_WORDS]
         if isinstance(message, Commit):
             self._context.counters["commits_not_held"] += 1
             self._verdict(route, message, Answer(False, reason))
@@ -307,7 +313,8 @@ class Owner:
 
 
 def _asked(message: Commit) -> Asked:
-    return (message.src, message.transfer, message.part, message.lease, message.epoch, message.capability)
+    m = message
+    return (m.src, m.transfer, m.part, m.lease, m.epoch, m.capability, m.terms)
 
 
 def _first_difference(ours: bytes, message: Commit) -> str:

@@ -143,6 +143,7 @@ class Reader:
                 capability=ticket.capability,
                 reader=self._context.identity.agent,
                 transport=transfer.transport,
+                terms=transfer.pull.terms,
             ),
         )
 
@@ -256,6 +257,7 @@ class Reader:
                 reader=self._context.identity.agent,
                 final=part == transfer.last,
                 audit=audit if audit is None or audit.digests else None,
+                terms=transfer.pull.terms,
             ),
         )
 

@@ -1,17 +1,23 @@
-"""The ticket: what travels with a request so that a reader finds the leased blocks. It is not trusted: the owner checks
-every field against its own lease table."""
+"""The ticket: what travels with a request so that a reader finds the leased blocks. It is not trusted: what it says of
+the lease (which blocks in which order, how many tokens, under which key) the owner compares by its digest, the *terms*,
+before it confirms anything."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from typing import Annotated
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
-from pd_connector.errors import RemoteProtocolError
-from pd_connector.protocol.messages import U32, U64, Capability, Name
+from pd_connector.errors import LocalProtocolError, RemoteProtocolError
+from pd_connector.protocol.messages import TERMS_BYTES, U32, U64, Capability, Name
 
 MAX_BLOCKS = 2**20
+MAX_KEY_BYTES = 64
+ADDRESS = re.compile(r"tcp://[^\s#/]+:\d{1,5}(#[0-9a-f]{64})?")
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +34,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
         tuple[Annotated[tuple[U32, ...], Meta(max_length=MAX_BLOCKS)], ...], Meta(min_length=1, max_length=64)
     ]
     tokens: U32 = 0
-    key: Annotated[bytes, Meta(max_length=64)] = b""
+    key: Annotated[bytes, Meta(max_length=MAX_KEY_BYTES)] = b""
 
     def __repr__(self) -> str:  # capabilities stay out of logs
         owner = f"{self.incarnation:016x} at {self.address}"
@@ -37,10 +43,26 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     def to_bytes(self) -> bytes:
         return msgspec.msgpack.encode(self)
 
+    def terms(self) -> bytes:
+        """16 bytes that differ when blocks, their order, tokens or key do."""
+        digest = hashlib.blake2b(digest_size=TERMS_BYTES)
+        digest.update(self.tokens.to_bytes(4, "little") + len(self.key).to_bytes(1, "little") + self.key)
+        for group in self.blocks:
+            digest.update(len(group).to_bytes(4, "little") + np.array(group, "<u4").tobytes())
+        return digest.digest()
+
+    def check(self) -> None:
+        """Raises LocalProtocolError for values that no reader would take, which making a ticket does not look at."""
+        if not 0 <= self.tokens < 2**32 or len(self.key) > MAX_KEY_BYTES:
+            raise LocalProtocolError(f"a ticket of {self.tokens} tokens with a key of {len(self.key)} bytes cannot be")
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Ticket:
         """Raises RemoteProtocolError when the bytes are not a ticket."""
         try:
-            return msgspec.msgpack.decode(data, type=cls)
+            ticket = msgspec.msgpack.decode(data, type=cls)
         except (msgspec.MsgspecError, RecursionError) as error:
             raise RemoteProtocolError(f"not a ticket: {error}; take it unchanged from the owner's answer") from None
+        if not ADDRESS.fullmatch(ticket.address):
+            raise RemoteProtocolError(f"not a ticket: {ticket.address!r} is not tcp://HOST:PORT or tcp://HOST:PORT#KEY")
+        return ticket

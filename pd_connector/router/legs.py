@@ -168,7 +168,7 @@ class HandOver:
             body = self._choice.prefill_body()
             timeouts = Timeouts(total=self._settings.prefill_s)
             await exchange.ask("POST", self._choice.path, body, self._headers, timeouts)
-            answer = _answer(exchange, await exchange.read())
+            answer = _whole_answer(exchange, await exchange.read())
             ticket = answer.get("kv_transfer_params")
             if ticket is not None and not isinstance(ticket, dict):
                 raise exchange.failed("its kv_transfer_params are neither an object nor null")
@@ -197,7 +197,7 @@ class HandOver:
                 self.head = await _until_first_token(exchange, self._settings.max_response_bytes)
             else:
                 self.head = await exchange.read()
-                _answer(exchange, self.head)
+                _whole_answer(exchange, self.head)
         except BaseException:
             exchange.close()
             raise
@@ -252,6 +252,14 @@ def _is_preamble(event: dict[str, Any]) -> bool:
         if any(value for key, value in delta.items() if key != "role"):
             return False
     return True
+
+
+def _whole_answer(exchange: Exchange, content: bytes) -> dict[str, Any]:
+    """Like ``_answer``, for one that must have its choices in it."""
+    answer = _answer(exchange, content)
+    if not answer["choices"] or not all(isinstance(choice, dict) for choice in answer["choices"]):
+        raise exchange.failed("it answered 200 without choices")
+    return answer
 
 
 def _answer(exchange: Exchange, content: bytes) -> dict[str, Any]:

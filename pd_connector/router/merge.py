@@ -74,6 +74,8 @@ class StreamMerge:
             self._usage_event = self._usage_event or document
             return None
         for choice in document["choices"]:
+            if not isinstance(choice, dict):
+                raise ValueError("an event with a choice that is none")
             choice["index"] = k
         return encode(document)
 

@@ -65,8 +65,9 @@ class Agent:
         self._lease_ends: dict[int, asyncio.Future[str]] = {}
         self._drained: asyncio.Event = asyncio.Event()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="pdc-background")
+        self._populator = ThreadPoolExecutor(1, thread_name_prefix="pdc-populate")
         self._last_lease = 0
-        self._closed = False
+        self._closing = self._closed = False
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -77,8 +78,15 @@ class Agent:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def _check_open(self) -> None:
+        if self._closing or not self.address:
+            state = "is closed" if self._closing else "was not started"
+            raise LocalProtocolError(f"agent {self.name} {state}: use `async with Agent(...)`, or start() it first")
+
     def start(self) -> None:
-        """Listen. Raises ConfigError when the address cannot be bound."""
+        """Listen. Raises ConfigError when the address cannot be bound, LocalProtocolError a second time."""
+        if self._closing or self.address:
+            raise LocalProtocolError(f"agent {self.name} was started before: make a new one")
         self._loop = asyncio.get_running_loop()
         self._side_channel.start()
 
@@ -96,6 +104,7 @@ class Agent:
         """End every lease and pull, tell the peers, free everything. Idempotent."""
         if self._closed:
             return
+        self._closing = True
         if not self.address:  # never started
             self._closed = True
             return
@@ -108,8 +117,9 @@ class Agent:
         self._closed = True
         if self._tick is not None:
             self._tick.cancel()
-        await self._loop.run_in_executor(None, self._background.shutdown)
-        self._side_channel.close()
+        for executor in (self._populator, self._background):
+            await self._loop.run_in_executor(None, executor.shutdown)
+        await self._loop.run_in_executor(None, self._side_channel.close())
         self._views.clear()
 
     # --- identity and memory ------------------------------------------------------------------------------------------
@@ -149,14 +159,17 @@ class Agent:
         Without ``layout`` the blocks are plain bytes. Raises LocalProtocolError for unusable memory and
         TransportUnavailable when no transport can serve it. May block; meant for start-up.
         """
+        self._check_open()
         if self._courier is not None:
             raise LocalProtocolError("memory is registered already; close this agent and make a new one")
+        if layers is None or not len(layers):
+            raise LocalProtocolError("no memory to register: give at least one tensor, array or Region")
         given = list(layers) if isinstance(layers, list | tuple) else layers
         regions = given if isinstance(given, list) and isinstance(given[0], Region) else to_regions(given)
         self._grids = order_grids(regions)
         self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
         for region in regions:
-            self._loop.run_in_executor(None, region.populate, lambda: not self._closed)
+            self._populator.submit(region.populate, lambda: not self._closing)
         self._courier = Courier(self.config, self.name, regions, self._loop, self._feed)
         self.core.identity = replace(
             self.core.identity,
@@ -198,6 +211,10 @@ class Agent:
         """Hold the blocks of a ticket whose number, epoch and capability the engine chose itself.
 
         Lease numbers must ascend. Raises LocalProtocolError."""
+        self._check_open()
+        ticket.check()
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise LocalProtocolError(f"a lease of {seconds} seconds: it must be positive and finite")
         for group, ids in enumerate(ticket.blocks):
             limit = min((ref.grid.num_blocks for ref in self._grids if ref.grid.group == group), default=0)
             if self._courier is not None and ids and max(ids) >= limit:
@@ -208,8 +225,9 @@ class Agent:
             ticket.capability,
             dict(enumerate(ticket.blocks)),
             readers,
-            seconds or self.config.lease_seconds,
+            self.config.lease_seconds if seconds is None else seconds,
             max(seconds or 0, self.config.lease_cap_seconds),
+            ticket.terms(),
         )
         if ticket.lease in self._lease_ends:
             raise LocalProtocolError(f"lease {ticket.lease} is held already")
@@ -241,6 +259,7 @@ class Agent:
         blocks: Sequence[int] | Sequence[Sequence[int]],
         *,
         skip_blocks: int = 0,
+        partial: bool = False,
         rank: int = 0,
         priority: int = 0,
         timeout: float | None = None,
@@ -251,13 +270,13 @@ class Agent:
         """Start a pull and return its number. ``on_end`` is called exactly once, perhaps before the return; ``on_part``
         with the number of each part (layer) whose bytes may be used.
 
-        ``blocks`` are destination ids (per group), for the ticket's blocks from ``skip_blocks`` on. Raises
-        LocalProtocolError for ids that do not fit."""
+        ``blocks`` are destination ids (per group), for the ticket's blocks from ``skip_blocks`` on: all of them, or if
+        ``partial`` as many as ids are given. Raises LocalProtocolError for ids that do not fit."""
         if self._courier is None:
             raise LocalProtocolError("register memory before pulling into it")
         if skip_blocks < 0:
             raise LocalProtocolError(f"skip_blocks must not be negative, got {skip_blocks}")
-        parts = self._plan(ticket, _groups(blocks), skip_blocks, by_layer)
+        parts = self._plan(ticket, _groups(blocks), skip_blocks, partial, by_layer)
         if self.config.audit:
             most = max(plan.num_blocks * len(plan.patterns) for plan in parts)
             if most * DIGEST_BYTES > MAX_FRAME // 2:
@@ -266,20 +285,22 @@ class Agent:
         self._pulls[number] = (on_end or _ignore, on_part or _ignore)
         timeout = timeout or self.config.transfer_timeout_seconds
         try:
-            self._handle(ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit))
+            audit, terms = self.config.audit, ticket.terms()
+            self._handle(ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, audit, terms))
         except LocalProtocolError:
             del self._pulls[number]
             raise
         return number
 
     def _plan(
-        self, ticket: Ticket, groups: Sequence[Sequence[int]], skip_blocks: int, by_layer: bool
+        self, ticket: Ticket, groups: Sequence[Sequence[int]], skip_blocks: int, partial: bool, by_layer: bool
     ) -> list[CopyPlan]:
         if len(groups) != len(ticket.blocks):
             raise LocalProtocolError(f"{ticket!r} has {len(ticket.blocks)} KV cache groups, {len(groups)} were given")
         plans = []
         for group, (source, destination) in enumerate(zip(ticket.blocks, groups, strict=True)):
-            plan = plan_blocks(self._grids, group, source[skip_blocks:], destination)
+            wanted = source[skip_blocks : skip_blocks + len(destination) if partial else None]
+            plan = plan_blocks(self._grids, group, wanted, destination)
             plans.extend(split_layers(plan, self._grids) if by_layer else [plan])
         return plans
 
@@ -306,7 +327,10 @@ class Agent:
     async def pull_layers(
         self, ticket: Ticket, blocks: Sequence[int] | Sequence[Sequence[int]], **options: Any
     ) -> AsyncIterator[int]:
-        """Like ``pull``, yielding the number of each layer as soon as its bytes may be used."""
+        """Like ``pull``, yielding the number of each layer as soon as its bytes may be used.
+
+        A loop that may be left early belongs into ``async with contextlib.aclosing(agent.pull_layers(...)) as layers``:
+        only its exit, or ``await layers.aclose()``, says that nothing is written any more."""
         queue: asyncio.Queue[int | ev.TransferEnded] = asyncio.Queue()
         over: asyncio.Future[ev.TransferEnded] = self._loop.create_future()
 

@@ -38,7 +38,9 @@ class Courier:
         self._connecting: dict[int, tuple[str, str]] = {}
         self._peers: dict[str, str] = {}
         self.reasons: dict[str, dict[str, str]] = {}
-        self._transports, self.unavailable = registry.start(config.transport, agent, transport_options(config))
+        self._transports, missing = registry.start(config.transport, agent, transport_options(config))
+        without = "; ".join(f"{name} is not: {why}" for name, why in missing.items())
+        logger.info("transports %s are served%s", ", ".join(self._transports), f" ({without})" if without else "")
         for transport in self._transports.values():
             transport.register(regions)
             loop.add_reader(transport.fileno(), self._poll, transport)

@@ -74,7 +74,7 @@ class SideChannel:
         try:
             self._router.bind(f"tcp://{host}:{config.port or '*'}")
         except zmq.ZMQError as error:
-            self.close()
+            self.close()()
             raise ConfigError(
                 f"cannot listen on {config.host} port {config.port}: {error}; "
                 "choose a free port (or port 0) and an address of this host"
@@ -119,9 +119,11 @@ class SideChannel:
             monitor.close(0)
             dealer.close(1000)
 
-    def close(self) -> None:
+    def close(self) -> Callable[[], None]:
+        """Close every socket. What is returned frees the rest and may block up to 1 s, until the frames just sent are
+        out or their linger is over: call it outside of the loop."""
         if self._closed:
-            return
+            return lambda: None
         self._closed = True
         for address in list(self._dialled):
             self.hangup(address)
@@ -130,8 +132,7 @@ class SideChannel:
             self._router.close(1000)
         if self._auth is not None:
             self._auth.stop()
-        # Ends when the frames just sent are out or their linger (1 s) is over.
-        self._context.term()
+        return self._context.term
 
     # --- sockets ------------------------------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ class SideChannel:
                 dealer.curve_serverkey = z85.encode(bytes.fromhex(key))
             monitor: zmq.Socket[bytes] = dealer.get_monitor_socket(_LOST | zmq.EVENT_CLOSED)
             dealer.connect(endpoint)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ValueError) as error:
             if dealer is not None:
                 dealer.disable_monitor()
                 dealer.close(0)

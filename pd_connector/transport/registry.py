@@ -62,22 +62,26 @@ def start(
 ) -> tuple[dict[str, Transport], dict[str, str]]:
     """Start ``"auto"`` or the named transports: (started by wire name, in order of preference; reasons of the rest).
 
-    Raises ConfigError for an unknown name or two transports that share a wire name, TransportUnavailable when a named
-    one, or every automatic one, cannot start. Nothing stays started then.
+    Raises ConfigError for an unknown name (of an option too) or two transports that share a wire name,
+    TransportUnavailable when one that is named or should work here does not start, or when none works here. Nothing
+    stays started then.
     """
+    for name in options:
+        load(name)
     automatic = wanted == "auto"
     names = [name for name in ORDER if name in known()] if automatic else _named(wanted)
     started: dict[str, Transport] = {}
     reasons: dict[str, str] = {}
     try:
         for name in names:
-            try:
-                transport = _start_one(name, agent, options.get(name, {}))
-            except TransportUnavailable as error:
+            kind, given = load(name), options.get(name, {})
+            reason = kind.probe(given)
+            if reason is not None:
                 if not automatic:
-                    raise
-                reasons[name] = error.reason
+                    raise TransportUnavailable(name, reason)
+                reasons[name] = reason
                 continue
+            transport = kind(agent, given)
             if transport.wire_name in started:
                 transport.close()
                 raise ConfigError(f"two transports serve {transport.wire_name!r}: remove one of {', '.join(names)}")
@@ -124,14 +128,6 @@ def _named(wanted: str | Sequence[str]) -> list[str]:
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"transports {names}: give 'auto' or a list of different names")
     return names
-
-
-def _start_one(name: str, agent: str, options: Mapping[str, Any]) -> Transport:
-    kind = load(name)
-    reason = kind.probe(options)
-    if reason is not None:
-        raise TransportUnavailable(name, reason)
-    return kind(agent, options)
 
 
 def _rank(name: str) -> tuple[int, str]:

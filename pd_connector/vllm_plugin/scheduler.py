@@ -56,6 +56,7 @@ class PDScheduler:
         self._notes: deque[ev.Note] = deque()
         self._orders = StepOrders()
         self._hopes: dict[str, Hope] = {}
+        self._hopeless: set[str] = set()  # requests whose ticket was none
         self._lost: set[bytes] = set()
         self._leases: dict[int, str] = {}
         self._lease_of: dict[str, int] = {}
@@ -101,6 +102,7 @@ class PDScheduler:
             hope = Hope(from_params(params))
         except RemoteProtocolError as error:
             params["do_remote_prefill"] = False
+            self._hopeless.add(request.request_id)
             self._decline(request, "tickets_malformed", str(error))
             return None
         self._hopes[request.request_id] = hope
@@ -223,6 +225,7 @@ class PDScheduler:
         # A request may end before anybody looked at it; its owner need not wait for the lease to run out.
         hope = self._hope(request)
         if hope is None:
+            self._hopeless.discard(request.request_id)
             return
         self._hopes.pop(request.request_id, None)
         self._lost.discard(hope.ticket.capability)
@@ -237,8 +240,8 @@ class PDScheduler:
         while self._notes:
             self._take(self._notes.popleft())
         for new in scheduler_output.scheduled_new_reqs:
-            hope = self._hopes.get(new.req_id)
-            if hope is not None and new.prompt_token_ids is not None:
+            handed_over = new.req_id in self._hopes or new.req_id in self._hopeless
+            if handed_over and new.prompt_token_ids is not None:
                 # The last prompt token is always computed here.
                 missing = len(new.prompt_token_ids) - 1 - int(new.num_computed_tokens)
                 self._counters["tokens_recomputed"] += max(missing, 0)

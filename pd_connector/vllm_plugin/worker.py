@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from pd_connector.errors import LocalProtocolError, PDError, TransferFailed
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.ticket import Ticket
@@ -148,11 +146,10 @@ class PDWorker:
             self._ended.append(("received", load.request_id, blocks if note.outcome == "failed" else ()))
             self._wake.set()
 
-        # The owner may hold more blocks than are wanted here.
-        source = load.ticket.blocks[0][load.skip_blocks : load.skip_blocks + len(blocks)]
-        ticket = msgspec.structs.replace(load.ticket, blocks=(source,))
         try:
-            number = agent.start_pull(ticket, blocks, rank=self._rank, on_end=ended)
+            number = agent.start_pull(
+                load.ticket, blocks, skip_blocks=load.skip_blocks, partial=True, rank=self._rank, on_end=ended
+            )
         except Exception as error:  # an engine that is never told waits for ever
             if not over:
                 cause = error if isinstance(error, PDError) else TransferFailed(f"{type(error).__name__}: {error}")

@@ -18,12 +18,14 @@ import pytest
 
 from pd_connector.demo.model import SMALL
 from pd_connector.demo.verdict import STAGES
+from pd_connector.memory import native
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
 DEMO = [sys.executable, "-m", "pd_connector.cli", "demo", "--json", "--deadline", "900"]
 BLOCK_TOKENS = 128
 STOP_S = 90.0
+TRANSPORT = "shm" if native() else "zmq"
 
 
 @dataclass
@@ -104,10 +106,10 @@ def test_it_passes(directory: Path) -> None:
             assert prompt["digests_equal"] is True
             assert prompt["digests_compared"] == blocks * SMALL.layers
             assert prompt["kv_bytes"] == blocks * BLOCK_TOKENS * SMALL.kv_bytes_per_token
-            assert prompt["transport"] == "zmq"
+            assert prompt["transport"] == TRANSPORT
             assert prompt["ttft_ms"]["wire"] > 0
             assert prompt["ttft_ms"]["commit"] > 0
-        assert "D reads from P over zmq (inproc: the peer lives in process" in running.stderr
+        assert f"D reads from P over {TRANSPORT} (inproc: the peer lives in process" in running.stderr
 
 
 def test_one_wrong_byte_is_found_and_an_interrupt_leaves_nothing(directory: Path) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pd_connector.memory import native
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -14,6 +16,7 @@ def test_custom_engine() -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stderr
     # 3 blocks x 4 layers x (K and V) x 16 tokens x 128 channels x 2 bytes
-    assert "decode: 40 tokens, 98304 bytes over zmq, all equal" in done.stdout
+    transport = "shm" if native() else "zmq"
+    assert f"decode: 40 tokens, 98304 bytes over {transport}, all equal" in done.stdout
     assert "prefill: blocks [11, 3, 42] are free again" in done.stdout
     assert done.stderr == ""

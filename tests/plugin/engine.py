@@ -48,7 +48,9 @@ def reference(prompt: Sequence[int], count: int) -> list[int]:
     for token in tokens:
         states.append(_next_state(states[-1], token))
     for _ in range(count):
-        total = sum(sum(_words(state, layer)) for state in states[1:] for layer in range(LAYERS))
+        total = sum(
+            place * sum(_words(state, layer)) for place, state in enumerate(states[1:], 1) for layer in range(LAYERS)
+        )
         tokens.append(total % VOCABULARY)
         states.append(_next_state(states[-1], tokens[-1]))
     return tokens[len(prompt) :]
@@ -202,7 +204,8 @@ class MiniEngine:
                 flat[layer, slots[at]] = torch.tensor(_words(state, layer))
         if end < request.num_tokens:
             return []
-        return [sum(flat[:, slots].flatten().tolist()) % VOCABULARY]
+        rows = flat[:, slots].transpose(0, 1).flatten(1).tolist()
+        return [sum(place * sum(row) for place, row in enumerate(rows, 1)) % VOCABULARY]
 
     def until(self, done: Callable[[], bool], seconds: float = 15.0) -> None:
         """Step until ``done``; raises TimeoutError."""
@@ -227,6 +230,7 @@ class MiniEngine:
         assert self.free_blocks == self.cache_config.num_blocks - 1  # block 0 is vLLM's null block
         scheduler = self.scheduler.connector.scheduler
         assert not scheduler._hopes
+        assert not scheduler._hopeless
         assert not scheduler._leases
         assert not scheduler._lease_of
         assert not scheduler._lost

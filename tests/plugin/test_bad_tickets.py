@@ -62,6 +62,20 @@ def test_the_same_key_is_loaded(pair: Pair, same: dict[str, Any]) -> None:
     pair.settle()
 
 
+@pytest.mark.parametrize("audit", [False, True])
+def test_a_ticket_with_the_key_of_another_is_never_loaded(engine: Callable[..., Any], pair: Pair, audit: bool) -> None:
+    """Nor its blocks in another order. Whoever comes later must not find such bytes in the prefix cache either."""
+    if audit:
+        pair = Pair(engine("kv_producer", {"audit": True}), engine("kv_consumer", {"audit": True}))
+    mine, other = pair.ticket("mine", PROMPT), pair.ticket("other", words(len(PROMPT), seed=5))
+    other["pdc"]["key"] = mine["pdc"]["key"]
+    assert pair.decode_all("r", PROMPT, other) == reference(PROMPT, 3)
+    mine["remote_block_ids"][0].reverse()
+    assert pair.decode_all("s", PROMPT, mine) == reference(PROMPT, 3)
+    assert [transfer["outcome"] for transfer in pair.decode.transfers][:1] == ["failed"]
+    assert pair.decode_all("later", PROMPT, None) == reference(PROMPT, 3)
+
+
 def changed(params: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     out = copy.deepcopy(params)
     *parents, last = path.split(".")

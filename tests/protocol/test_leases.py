@@ -39,6 +39,24 @@ def commit(owner: Agent, transfer: int = 1, **fields: object) -> m.Commit:
     return m.Commit(**{**{name: getattr(base, name) for name in base.__struct_fields__}, **fields})
 
 
+def test_a_ticket_with_other_terms_is_told_not_held_and_the_lease_goes_on(bench: Bench) -> None:
+    owner = bench.agent("p")
+    owner.grant(terms=b"as given out")
+    for _ in range(2):
+        forged = verdict(bench, owner, commit(owner, terms=b"forged"))
+        assert not forged.held
+        assert "was changed on its way" in forged.reason
+    opened = m.Open(
+        src=77, dst=owner.incarnation, transfer=2, lease=1, epoch=1, capability=CAPABILITY, reader="d", transport="t"
+    )
+    (answer,) = ask(bench, owner, opened)
+    assert isinstance(answer, m.Opened)
+    assert not answer.held
+    assert owner.lease_ends == []
+    assert verdict(bench, owner, commit(owner, terms=b"as given out")).held
+    assert not verdict(bench, owner, commit(owner, terms=b"forged")).held  # the answer to another question
+
+
 def verdict(bench: Bench, owner: Agent, message: m.Commit) -> m.Verdict:
     (answer,) = ask(bench, owner, message)
     assert isinstance(answer, m.Verdict)

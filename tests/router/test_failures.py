@@ -18,6 +18,8 @@ WRONG_ANSWERS: dict[str, upstreams.Act] = {
     "empty 200": upstreams.raw(b""),
     "malformed": upstreams.raw(b'{"choices": ['),
     "no choices": upstreams.raw(b"{}"),
+    "empty choices": upstreams.raw(b'{"choices": []}'),
+    "choices that are none": upstreams.raw(b'{"choices": [5]}'),
     "error in 200": upstreams.raw(b'{"error": {"message": "Internal server error", "code": 500}}'),
 }
 WRONG_STREAMS = {
@@ -292,3 +294,13 @@ async def test_an_answer_without_end_is_bounded(world: World):
     answer = await world.complete()
     assert answer.status == 502
     assert "max_response_bytes" in answer.error["message"]
+
+
+async def test_a_merged_stream_with_a_choice_that_is_none_ends_in_an_error_event(world: World):
+    await world.start()
+    events = b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choices": [5]}\n\n'
+    world.decode[0].act = upstreams.raw(events, "text/event-stream")
+    answer = await world.complete(stream=True, n=2)
+    assert b"a choice that is none" in answer.content
+    assert b"error" in answer.content
+    await world.assert_idle()

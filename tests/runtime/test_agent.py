@@ -67,6 +67,27 @@ async def test_a_pull_moves_exactly_the_leased_blocks(audit: bool) -> None:
         await quiet(p, d)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"blocks": ((4, 3, 9),)}, {"blocks": ((3, 4),)}, {"tokens": 41}, {"key": b"another"}], ids=str
+)
+async def test_a_ticket_that_was_changed_on_its_way_is_refused(wrong: dict[str, object]) -> None:
+    async with pair() as (p, _, d, _):
+        ticket = p.lease([3, 4, 9], tokens=40, key=b"key")
+        changed = msgspec.structs.replace(ticket, **wrong)
+        with pytest.raises(TransferFailed, match="was changed on its way"):
+            await d.pull(changed, [7, 1, 2][: len(changed.blocks[0])])
+
+
+async def test_fewer_blocks_than_the_ticket_has_may_be_pulled() -> None:
+    async with pair() as (p, source, d, destination):
+        await d.pull(p.lease([3, 4, 9]), [7], skip_blocks=1, partial=True)
+        assert (destination[:, 7] == source[:, 4]).all()
+        assert not np.delete(destination, 7, axis=1).any()
+        with pytest.raises(LocalProtocolError, match="1 source blocks but 2 destination"):
+            await d.pull(p.lease([3, 4]), [7, 8], skip_blocks=1, partial=True)
+        await quiet(d)
+
+
 async def test_audit_catches_what_changed_under_the_lease() -> None:
     async with pair(d_config=zmq_only(audit=True)) as (p, source, d, _):
         ticket = p.lease([3, 4])
@@ -281,7 +302,7 @@ async def test_drain_gives_up_after_its_time() -> None:
         assert not await p.drain(0.2)
 
 
-async def test_close_of_the_owner_fails_the_pull_at_once() -> None:
+async def test_close_of_the_owner_fails_the_pull() -> None:
     async with pair() as (p, _, d, _):
         await d.pull(p.lease([1]), [1])
         ticket = p.lease(list(range(BLOCKS)))

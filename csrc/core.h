@@ -1,0 +1,95 @@
+/* What core.c (the interface), plan.c (memory and plans) and reads.c (queues, endings, threads) share.
+ *
+ * A read is a plan with a cursor. Threads take the next slice of the read whose turn it is: lower priority numbers
+ * first, reads of one priority in turn, so a small read is never behind a big one. A read that ended (all copied, failed,
+ * cancelled, its peer gone) hands out no further slice, and its completion is given when no thread is inside one of its
+ * slices any more: then nothing can write to its destination.
+ *
+ * One lock guards all of it; it is never held while bytes move. */
+#ifndef PD_CORE_H
+#define PD_CORE_H
+
+#include "backend.h"
+#include "table.h"
+
+#include <pthread.h>
+
+enum { PRIORITIES = 2, MAX_THREADS = 64 };
+
+typedef enum { READ, CONNECT, FENCE } op_kind;
+
+typedef struct peer {
+    uint64_t number;
+    int refs;
+    bool lost;
+    void *own;               /* the backend's, from when its CONNECT is done */
+    struct op *reads, *fences; /* that are not complete */
+    char name[128];
+} peer;
+
+/* What one tag stands for. */
+typedef struct op {
+    op_kind kind;
+    pd_completion end;
+    bool ended; /* hands out nothing more; `end` says why */
+    bool over;  /* handed out as a completion */
+    int busy;   /* threads inside */
+    int priority;
+    uint64_t sequence;
+    struct op *next, *previous; /* in a queue; then `next` among the completed */
+    struct op *next_of_peer;
+    peer *peer;
+    /* READ */
+    pd_lease lease;
+    unsigned char capability[PD_MAX_CAPABILITY];
+    pd_memory *memory;
+    pd_run *runs;
+    pd_pattern *patterns;
+    size_t num_runs, num_patterns;
+    size_t pattern, run; /* with block and byte the cursor: what comes next */
+    uint64_t block, byte;
+    uint64_t left; /* bytes that no finished slice has copied */
+    /* CONNECT */
+    unsigned char *remote;
+    size_t remote_bytes;
+    /* FENCE */
+    size_t waiting; /* reads that must complete before */
+} op;
+
+struct pd_transport {
+    const pd_backend *backend;
+    void *own;
+    pthread_mutex_t lock, owner_lock; /* owner_lock: the backend's publish, grant and revoke */
+    pthread_cond_t work;
+    bool stop;
+    int bell;
+    uint64_t sequence;
+    pd_memory *memory;
+    pd_table peers, tags;
+    op *queues[PRIORITIES]; /* rings: the head's previous is the tail */
+    op *done, **done_tail;
+    pd_options options;
+    int *cpus;
+    pthread_t threads[MAX_THREADS];
+    int running;
+};
+
+/* plan.c */
+void *duplicate(const void *data, size_t count, size_t size);
+pd_memory *memory_make(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
+void memory_release(pd_memory *memory);
+int check_grids(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
+int check_plan(const pd_memory *memory, const op *read, uint64_t *total);
+uint64_t cut(op *read, pd_piece *pieces, size_t *count);
+
+/* reads.c, all under the lock */
+op *op_open(pd_transport *transport, op_kind kind, uint64_t tag);
+void op_free(op *each);
+void enqueue(pd_transport *transport, op *each);
+void complete(pd_transport *transport, op *each);
+void end(pd_transport *transport, op *read, pd_status status, const char *words);
+void end_all(pd_transport *transport, peer *owner, pd_status status, const char *words);
+void peer_release(pd_transport *transport, peer *each);
+int start_threads(pd_transport *transport);
+
+#endif

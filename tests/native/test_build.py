@@ -1,0 +1,82 @@
+"""What is built with a compiler, without one, and when it was asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc", "pd_connector")
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
+    return tmp_path
+
+
+def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel"],
+        cwd=tree,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def wheel(tree: Path) -> Path:
+    (found,) = (tree / "dist").glob("*.whl")
+    return found
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="NO C COMPILER: the extension is not built here")
+def test_with_a_compiler_one_wheel_serves_every_python(tree: Path) -> None:
+    done = build(tree, PD_NATIVE="require")
+    assert done.returncode == 0, done.stderr
+    assert "-cp311-abi3-linux_" in wheel(tree).name
+    assert "pd_connector/_native.abi3.so" in zipfile.ZipFile(wheel(tree)).namelist()
+
+
+def test_without_a_compiler_a_pure_package_moves_blocks_over_zmq(tree: Path, tmp_path: Path) -> None:
+    done = build(tree, CC="no-such-compiler", PD_NATIVE="auto")
+    assert done.returncode == 0, done.stderr
+    assert "this is a pure Python package" in done.stderr
+    assert wheel(tree).name.endswith("-py3-none-any.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel(tree)).extractall(site)
+    assert not list(site.rglob("*.so"))
+    # -S: without the finder of an editable install, which would lend this package the other one's extension.
+    packages = os.pathsep.join([str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    example = subprocess.run(
+        [sys.executable, "-S", ROOT / "examples" / "custom_engine.py"],
+        env={**os.environ, "PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "98304 bytes over zmq, all equal" in example.stdout, example.stderr
+
+
+def test_a_required_extension_that_cannot_be_built_is_an_error(tree: Path) -> None:
+    assert build(tree, CC="no-such-compiler", PD_NATIVE="require").returncode != 0
+    assert not (tree / "dist").exists()
+    wrong = build(tree, PD_NATIVE="maybe")
+    assert wrong.returncode != 0
+    assert "use auto, require or off" in wrong.stderr

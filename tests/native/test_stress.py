@@ -1,0 +1,20 @@
+"""The C code without Python, under the sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("cc") is None, reason="NO C COMPILER: the C code is not tested here")
+def test_stress_under_the_sanitizers() -> None:
+    done = subprocess.run(["make", "-s", "native-test"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("stress: all bytes right") == 2, done.stdout
+    assert "WARNING" not in done.stderr, done.stderr
