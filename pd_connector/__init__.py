@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         TransportUnavailable,
     )
     from pd_connector.layout import GroupLayout, KVLayout
-    from pd_connector.memory import BlockGrid, MemoryKind, Region
+    from pd_connector.memory import BlockGrid, MemoryKind, Region, shared_pool
     from pd_connector.protocol.events import TransferStats
     from pd_connector.protocol.ticket import Ticket
     from pd_connector.runtime.agent import Agent
@@ -36,7 +36,7 @@ _HOMES = {
     "protocol.ticket": ("Ticket",),
     "protocol.events": ("TransferStats",),
     "layout": ("GroupLayout", "KVLayout"),
-    "memory": ("BlockGrid", "MemoryKind", "Region"),
+    "memory": ("BlockGrid", "MemoryKind", "Region", "shared_pool"),
     "errors": (
         "ConfigError",
         "LayoutMismatch",
@@ -71,6 +71,7 @@ __all__ = [
     "TransferFailed",
     "TransferStats",
     "TransportUnavailable",
+    "shared_pool",
 ]
 
 

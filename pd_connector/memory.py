@@ -127,17 +127,21 @@ def copier() -> Callable[[Any, Any], None]:
     return found
 
 
-class Pool(mmap.mmap):
-    """Host memory of our own in a memfd, which readers on this host map and copy from directly.
+def shared_pool(num_bytes: int) -> Pool:
+    """Zeroed host memory that readers on this host map and copy from directly, rounded up to whole pages.
 
-    A writable buffer of ``len(pool)`` bytes at ``address``: ``numpy.frombuffer(pool, dtype)`` and
-    ``torch.frombuffer(pool, dtype=dtype)`` make arrays of it and keep it alive. ``fd`` is the memfd's descriptor."""
+    A writable buffer: ``numpy.frombuffer(pool, dtype)`` and ``torch.frombuffer(pool, dtype=dtype)`` make arrays of it
+    and keep it alive. Raises LocalProtocolError for a size that cannot be had."""
+    return Pool(num_bytes)
+
+
+class Pool(mmap.mmap):
+    """Memory in a memfd: ``len(pool)`` bytes at ``address``; ``fd`` is the memfd's descriptor."""
 
     fd: int
     address: int
 
     def __new__(cls, length: int) -> Pool:
-        """``length`` bytes, rounded up to whole pages. Raises LocalProtocolError for a length that cannot be had."""
         if length < 1:
             raise LocalProtocolError(f"a pool of {length} bytes: it needs at least one")
         whole = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE

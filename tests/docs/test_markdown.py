@@ -78,6 +78,7 @@ def test_readmes_have_the_same_headings_commands_and_tables() -> None:
 
 
 def test_quoted_messages_exist() -> None:
-    source = "\n".join(path.read_text() for path in (ROOT / "pd_connector").rglob("*.py"))
+    paths = [*(ROOT / "pd_connector").rglob("*.py"), *(ROOT / "csrc").glob("*.c")]
+    source = "\n".join(path.read_text() for path in paths)
     for row in table(read("README.md"), "Troubleshooting"):
         assert row["You see"] in FOREIGN or row["You see"] in source, row["You see"]

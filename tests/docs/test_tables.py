@@ -23,6 +23,7 @@ from pd_connector.protocol.ticket import Ticket
 from pd_connector.router.metrics import RouterMetrics
 from pd_connector.router.settings import RouterSettings
 from pd_connector.transport import zmq_wire
+from pd_connector.transport.native import NativeOptions
 from pd_connector.transport.zmq import ZmqOptions
 
 WIRE, CONFIGURATION, OPERATIONS = (f"docs/{name}.md" for name in ("wire_protocol", "configuration", "operations"))
@@ -120,6 +121,10 @@ def test_settings(page: str, heading: str) -> None:
 
 def test_options_of_the_zmq_transport() -> None:
     assert documented(table(read(CONFIGURATION), "Options of the zmq transport")) == defaults(ZmqOptions)
+
+
+def test_options_of_the_shm_transport() -> None:
+    assert documented(table(read(CONFIGURATION), "Options of the shm transport")) == defaults(NativeOptions)
 
 
 def test_limits() -> None:
