@@ -117,7 +117,9 @@ static bool sound(const view *made)
     const shm_board *board = &made->layout;
     return board->num_regions < 1 << 20 && board->num_grids < 1 << 24 && board->slot_words >= sizeof(shm_slot) / 8 &&
            board->slot_words < 1u << 31 && board->regions_at <= made->bytes && board->grids_at <= made->bytes &&
-           board->slots_at <= made->bytes &&
+           board->index_at <= made->bytes && board->index_at % sizeof(shm_entry) == 0 &&
+           PD_SHM_SLOTS * sizeof(shm_entry) <= made->bytes - board->index_at && board->slots_at <= made->bytes &&
+           board->slots_at % 8 == 0 &&
            board->num_regions * sizeof(pd_region) <= made->bytes - board->regions_at &&
            board->num_grids * sizeof(shm_grid) <= made->bytes - board->grids_at &&
            PD_SHM_SLOTS * board->slot_words * 8 <= made->bytes - board->slots_at;
@@ -316,12 +318,16 @@ static finding inspect(const view *seen, const shm_slot *slot, const pd_slice *s
 
 static pd_status permit(const view *seen, const pd_slice *slice)
 {
+    const shm_entry *index = (const shm_entry *)(seen->board + seen->layout.index_at);
     const char *slots = seen->board + seen->layout.slots_at;
     unsigned long long number = slice->lease->number, epoch = slice->lease->epoch;
     for (uint64_t i = 0; i < PD_SHM_PROBES; i++) {
+        unsigned entry = atomic_load(&index[(number + i) % PD_SHM_SLOTS]);
+        if (!entry || entry > PD_SHM_SLOTS)
+            continue;
         finding found;
         int tries = 0;
-        const void *slot = slots + (number + i) % PD_SHM_SLOTS * seen->layout.slot_words * 8;
+        const void *slot = slots + (entry - 1) * seen->layout.slot_words * 8;
         while ((found = inspect(seen, slot, slice)) == CHANGING && ++tries < TRIES)
             sched_yield();
         if (found == COVERED)

@@ -1,8 +1,9 @@
 /* What an owner shows the readers on its host, in two memfds that they map read-only.
  *
  * The *head* lasts as long as the agent and says where the current *board* is; the board lists the regions and grids
- * that are registered and has one slot per granted lease, with a bit per block. An owner that registers again makes
- * a new board. Whoever reads a slot checks its sequence number before and after (odd: being written), so that a grant
+ * that are registered and has one slot per granted lease, with a bit per block. An index leads from a lease's number to
+ * its slot; slots that are free again are used again first, so that no more of the board is in memory than leases were
+ * held at once. An owner that registers again makes a new board. Whoever reads a slot checks its sequence number before and after (odd: being written), so that a grant
  * or revocation in between is noticed; every word is read with acquire and written with release order. */
 #ifndef PD_SHM_BOARD_H
 #define PD_SHM_BOARD_H
@@ -14,7 +15,7 @@
 enum {
     PD_SHM_TOKEN = 16,
     PD_SHM_SLOTS = 16384, /* leases at once */
-    PD_SHM_PROBES = 64,   /* a lease lies at most so many slots behind the one its number names */
+    PD_SHM_PROBES = 64,   /* a lease's entry in the index lies at most so far behind where its number points */
 };
 
 typedef struct { /* travels in HELLO */
@@ -36,8 +37,10 @@ typedef struct {
 
 typedef struct {
     uint64_t num_regions, num_grids, slot_words;
-    uint64_t regions_at, grids_at, slots_at; /* bytes from the start of the board */
+    uint64_t regions_at, grids_at, index_at, slots_at; /* bytes from the start of the board */
 } shm_board;
+
+typedef atomic_uint shm_entry; /* of the index, PD_SHM_SLOTS of them: a slot's number plus one, or 0 */
 
 typedef struct {
     pd_grid grid;

@@ -19,6 +19,8 @@ struct shm_owner {
     int head_fd, board_fd;
     shm_board *board;
     uint64_t board_bytes;
+    uint32_t *free; /* slots, the next one last */
+    size_t num_free;
     size_t num_groups;
     struct group {
         uint32_t id;
@@ -80,7 +82,8 @@ static void drop_board(shm_owner *owner)
     if (owner->board_fd >= 0)
         close(owner->board_fd);
     free(owner->groups);
-    owner->board = NULL, owner->groups = NULL;
+    free(owner->free);
+    owner->board = NULL, owner->groups = NULL, owner->free = NULL;
     owner->board_fd = -1, owner->num_groups = 0;
 }
 
@@ -138,13 +141,17 @@ int shm_owner_publish(shm_owner *owner, const pd_memory *memory)
 {
     drop_board(owner);
     owner->groups = calloc(memory->num_grids ? memory->num_grids : 1, sizeof *owner->groups);
-    if (!owner->groups)
+    owner->free = calloc(PD_SHM_SLOTS, sizeof *owner->free);
+    if (!owner->groups || !owner->free)
         return pd_fail(ENOMEM, "no memory for %zu groups", memory->num_grids);
     shm_board layout = {.num_regions = memory->num_regions, .num_grids = memory->num_grids};
     layout.slot_words = sizeof(shm_slot) / 8 + number_groups(owner, memory) / 64 + 1;
     layout.regions_at = sizeof layout;
     layout.grids_at = layout.regions_at + memory->num_regions * sizeof(pd_region);
-    layout.slots_at = (layout.grids_at + memory->num_grids * sizeof(shm_grid) + 63) / 64 * 64;
+    layout.index_at = layout.grids_at + memory->num_grids * sizeof(shm_grid);
+    layout.slots_at = (layout.index_at + PD_SHM_SLOTS * sizeof(shm_entry) + 63) / 64 * 64;
+    for (owner->num_free = 0; owner->num_free < PD_SHM_SLOTS; owner->num_free++)
+        owner->free[owner->num_free] = (uint32_t)(PD_SHM_SLOTS - 1 - owner->num_free);
     owner->board_bytes = layout.slots_at + PD_SHM_SLOTS * layout.slot_words * 8; /* pages come with the first use */
     owner->board_fd = make_memfd("pd-board", owner->board_bytes, (void **)&owner->board);
     if (owner->board_fd < 0) {
@@ -168,27 +175,35 @@ int shm_owner_publish(shm_owner *owner, const pd_memory *memory)
     return 0;
 }
 
-static shm_slot *slot_at(const shm_owner *owner, uint64_t index)
+static shm_entry *entry_at(const shm_owner *owner, uint64_t number)
 {
-    char *base = (char *)owner->board + owner->board->slots_at;
-    return (shm_slot *)(base + index % PD_SHM_SLOTS * owner->board->slot_words * 8);
+    return (shm_entry *)((char *)owner->board + owner->board->index_at) + number % PD_SHM_SLOTS;
 }
 
-static shm_slot *find(const shm_owner *owner, uint64_t number, uint64_t epoch)
+static shm_slot *slot_at(const shm_owner *owner, uint64_t index)
+{
+    return (shm_slot *)((char *)owner->board + owner->board->slots_at + index * owner->board->slot_words * 8);
+}
+
+/* The index entry of a lease, or NULL. */
+static shm_entry *find(const shm_owner *owner, uint64_t number, uint64_t epoch)
 {
     for (uint64_t i = 0; owner->board && i < PD_SHM_PROBES; i++) {
-        shm_slot *slot = slot_at(owner, number + i);
-        if (atomic_load(&slot->used) && atomic_load(&slot->number) == number && atomic_load(&slot->epoch) == epoch)
-            return slot;
+        shm_entry *entry = entry_at(owner, number + i);
+        unsigned index = atomic_load(entry);
+        const shm_slot *slot = index ? slot_at(owner, index - 1) : NULL;
+        if (slot && atomic_load(&slot->number) == number && atomic_load(&slot->epoch) == epoch)
+            return entry;
     }
     return NULL;
 }
 
-static shm_slot *find_free(const shm_owner *owner, uint64_t number)
+/* A free index entry where a lease's may be, or NULL. */
+static shm_entry *find_free(const shm_owner *owner, uint64_t number)
 {
     for (uint64_t i = 0; i < PD_SHM_PROBES; i++)
-        if (!atomic_load(&slot_at(owner, number + i)->used))
-            return slot_at(owner, number + i);
+        if (!atomic_load(entry_at(owner, number + i)))
+            return entry_at(owner, number + i);
     return NULL;
 }
 
@@ -205,11 +220,12 @@ int shm_owner_grant(shm_owner *owner, const pd_lease *lease, const pd_blocks *bl
 {
     if (!owner->board)
         return pd_fail(EINVAL, "no memory is registered");
-    shm_slot *slot = find(owner, lease->number, lease->epoch);
-    if (!slot)
-        slot = find_free(owner, lease->number);
-    if (!slot)
+    shm_owner_revoke(owner, lease->number, lease->epoch); /* granted again: with other blocks */
+    shm_entry *entry = find_free(owner, lease->number);
+    if (!entry || !owner->num_free)
         return pd_fail(ENOSPC, "too many leases are granted at once: %d fit", PD_SHM_SLOTS);
+    uint32_t index = owner->free[--owner->num_free];
+    shm_slot *slot = slot_at(owner, index);
     uint64_t words = owner->board->slot_words - sizeof(shm_slot) / 8;
     uint64_t capability[PD_MAX_CAPABILITY / 8] = {0};
     memcpy(capability, lease->capability, lease->capability_bytes);
@@ -227,15 +243,20 @@ int shm_owner_grant(shm_owner *owner, const pd_lease *lease, const pd_blocks *bl
                 set_bits(slot, &owner->groups[i], &blocks[g]);
     atomic_store(&slot->used, 1);
     atomic_fetch_add(&slot->sequence, 1);
+    atomic_store(entry, index + 1);
     return 0;
 }
 
 void shm_owner_revoke(shm_owner *owner, uint64_t number, uint64_t epoch)
 {
-    shm_slot *slot = find(owner, number, epoch);
-    if (!slot)
+    shm_entry *entry = find(owner, number, epoch);
+    if (!entry)
         return;
+    uint32_t index = atomic_load(entry) - 1;
+    shm_slot *slot = slot_at(owner, index);
     atomic_fetch_add(&slot->sequence, 1);
     atomic_store(&slot->used, 0);
     atomic_fetch_add(&slot->sequence, 1);
+    atomic_store(entry, 0);
+    owner->free[owner->num_free++] = index;
 }

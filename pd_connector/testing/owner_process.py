@@ -88,6 +88,8 @@ class ProcessOwner:
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
+        if number == signal.SIGKILL:
+            self._process.wait(ANSWER_S)  # it dies when the kernel gets to it
 
     def close(self) -> None:
         if self._process.poll() is None:
