@@ -72,7 +72,7 @@ void pd_close(pd_transport *transport)
     pthread_mutex_lock(&transport->lock); /* nothing copies any more, so every read is quiet once it ended */
     for (size_t i = 0; i < transport->tags.room; i++) {
         op *each = transport->tags.entries[i].value;
-        if (each && each->kind == READ)
+        if (each && each->kind == READ && !each->over)
             end(transport, each, PD_CANCELLED, "closed");
         else if (each && each->kind == CONNECT && !each->over)
             peer_release(transport, each->peer);
@@ -125,18 +125,20 @@ int pd_register(pd_transport *transport, const pd_region *regions, size_t num_re
         return pd_fail(ENOMEM, "no memory for %zu grids", num_grids);
     pthread_mutex_lock(&transport->owner_lock);
     error = transport->backend->publish(transport->own, made);
-    pthread_mutex_unlock(&transport->owner_lock);
     pthread_mutex_lock(&transport->lock);
     pd_memory *old = error ? made : transport->memory;
     if (!error)
         transport->memory = made;
     memory_release(old);
     pthread_mutex_unlock(&transport->lock);
+    pthread_mutex_unlock(&transport->owner_lock);
     return error;
 }
 
 int pd_grant(pd_transport *transport, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
 {
+    if (lease->capability_bytes > PD_MAX_CAPABILITY)
+        return pd_fail(EINVAL, "a capability has at most %d bytes", PD_MAX_CAPABILITY);
     pthread_mutex_lock(&transport->owner_lock);
     int error = transport->backend->grant(transport->own, lease, blocks, num_groups);
     pthread_mutex_unlock(&transport->owner_lock);
@@ -259,15 +261,13 @@ int pd_fence(pd_transport *transport, uint64_t number, uint64_t tag)
     pthread_mutex_lock(&transport->lock);
     op *fence = op_open(transport, FENCE, tag);
     peer *owner = fence ? pd_table_get(&transport->peers, number) : NULL;
-    if (owner) {
+    if (owner)
         end_all(transport, owner, PD_CANCELLED, "fenced");
-        for (op *read = owner->reads; read; read = read->next_of_peer)
-            fence->waiting++;
-    }
-    if (fence && fence->waiting) {
-        fence->next_of_peer = owner->fences;
-        owner->fences = fence;
-        owner->refs++;
+    if (fence && transport->settling) {
+        fence->when = ++transport->events;
+        fence->waiting = transport->settling;
+        fence->next_of_peer = transport->fences;
+        transport->fences = fence;
     } else if (fence) {
         complete(transport, fence);
     }

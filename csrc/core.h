@@ -23,7 +23,7 @@ typedef struct peer {
     int refs;
     bool lost;
     void *own;               /* the backend's, from when its CONNECT is done */
-    struct op *reads, *fences; /* that are not complete */
+    struct op *reads;        /* that are not complete */
     char name[128];
 } peer;
 
@@ -33,9 +33,10 @@ typedef struct op {
     pd_completion end;
     bool ended; /* hands out nothing more; `end` says why */
     bool over;  /* handed out as a completion */
+    bool settling; /* ended while a thread was inside */
     int busy;   /* threads inside */
     int priority;
-    uint64_t sequence;
+    uint64_t when; /* a READ: it ended; a FENCE: it was asked for. By the transport's own count */
     struct op *next, *previous; /* in a queue; then `next` among the completed */
     struct op *next_of_peer;
     peer *peer;
@@ -53,7 +54,7 @@ typedef struct op {
     unsigned char *remote;
     size_t remote_bytes;
     /* FENCE */
-    size_t waiting; /* reads that must complete before */
+    size_t waiting; /* reads that were settling then and still are */
 } op;
 
 struct pd_transport {
@@ -63,7 +64,9 @@ struct pd_transport {
     pthread_cond_t work;
     bool stop;
     int bell;
-    uint64_t sequence;
+    uint64_t events; /* ends and fences so far */
+    size_t settling;
+    op *fences; /* that wait, by next_of_peer */
     pd_memory *memory;
     pd_table peers, tags;
     op *queues[PRIORITIES]; /* rings: the head's previous is the tail */

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -67,21 +68,20 @@ op *op_open(pd_transport *transport, op_kind kind, uint64_t tag)
         return pd_fail(ESHUTDOWN, "the transport is closed"), NULL;
     if (pd_table_get(&transport->tags, tag))
         return pd_fail(EEXIST, "tag %llu is still in use: every read needs a tag of its own", (unsigned long long)tag), NULL;
-    if (transport->tags.count >= PD_MAX_OPEN_TAGS)
+    if (kind == READ && transport->tags.count >= PD_MAX_OPEN_TAGS) /* what ends reads must always be possible */
         return pd_fail(ENOSPC, "%d reads are open already: wait for completions first", PD_MAX_OPEN_TAGS), NULL;
     op *made = calloc(1, sizeof *made);
     if (!made || !pd_table_put(&transport->tags, tag, made))
         return free(made), pd_fail(ENOMEM, "no memory for another read"), NULL;
     made->kind = kind;
     made->end.tag = tag;
-    made->sequence = ++transport->sequence;
     return made;
 }
 
 /* Hand the completion out; the tag stays in use until it is polled. */
 void complete(pd_transport *transport, op *each)
 {
-    each->over = true;
+    each->ended = each->over = true;
     each->next = NULL;
     *transport->done_tail = each;
     transport->done_tail = &each->next;
@@ -90,7 +90,8 @@ void complete(pd_transport *transport, op *each)
         ;
 }
 
-/* A read that ended and that no thread is inside of: quiet. Fences that waited for it are done. */
+/* A read that ended and that no thread is inside of: quiet. A fence is done when the last read is that was settling when
+ * it was asked for, of whatever peer: a slice is short, and the peer that is meant may have been given up before. */
 static void settle(pd_transport *transport, op *read)
 {
     if (!read->ended || read->busy)
@@ -101,16 +102,16 @@ static void settle(pd_transport *transport, op *read)
         at = &(*at)->next_of_peer;
     *at = read->next_of_peer;
     complete(transport, read);
-    for (at = &owner->fences; *at;) {
+    for (at = &transport->fences; read->settling && *at;) {
         op *fence = *at;
-        if (read->sequence > fence->sequence || --fence->waiting) {
+        if (read->when > fence->when || --fence->waiting) {
             at = &fence->next_of_peer;
             continue;
         }
         *at = fence->next_of_peer;
         complete(transport, fence);
-        owner->refs--; /* not the last one: the read has one */
     }
+    transport->settling -= read->settling;
     peer_release(transport, owner);
 }
 
@@ -119,6 +120,9 @@ void end(pd_transport *transport, op *read, pd_status status, const char *words)
     if (read->ended)
         return;
     read->ended = true;
+    read->settling = read->busy;
+    transport->settling += read->settling;
+    read->when = ++transport->events;
     read->end.status = status;
     snprintf(read->end.words, sizeof read->end.words, "%s", words);
     unqueue(transport, read);
@@ -226,8 +230,12 @@ static void *run_thread(void *argument)
 /* Threads start with the first peer: an agent that only serves has none. */
 int start_threads(pd_transport *transport)
 {
+    sigset_t all, kept;
+    sigfillset(&all);
     while (transport->running < transport->options.threads) {
+        pthread_sigmask(SIG_SETMASK, &all, &kept); /* signals are for the host's own threads */
         int error = pthread_create(&transport->threads[transport->running], NULL, run_thread, transport);
+        pthread_sigmask(SIG_SETMASK, &kept, NULL);
         if (error && !transport->running)
             return pd_fail(error, "cannot start a copy thread: %s", strerror(error));
         if (error)

@@ -64,13 +64,32 @@ static int parse(const unsigned char *remote, size_t bytes, shm_where *where)
     return 0;
 }
 
+/* Open a regular file for reading and nothing else: opening a pipe or a device could block, or do something. */
+static int open_file(const char *path)
+{
+    struct stat status;
+    char again[64];
+    int file = -1, place = open(path, O_PATH | O_CLOEXEC);
+    if (place < 0)
+        return -1;
+    snprintf(again, sizeof again, "/proc/self/fd/%d", place);
+    if (!fstat(place, &status) && S_ISREG(status.st_mode))
+        file = open(again, O_RDONLY | O_CLOEXEC);
+    else
+        errno = ESRCH;
+    int error = errno;
+    close(place);
+    errno = error;
+    return file;
+}
+
 /* Map a memfd of the owner for reading; its size must be `bytes` and stay so. */
 static const void *map_file(const shm_where *where, int fd, uint64_t bytes)
 {
     char path[64];
     struct stat status;
     snprintf(path, sizeof path, "/proc/%d/fd/%d", where->pid, fd);
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open_file(path);
     if (file < 0 && errno == EACCES)
         return pd_fail(EACCES, "process %d may not be looked into: run both as the same user", where->pid), NULL;
     if (file < 0)
@@ -130,6 +149,8 @@ static bool copy_board(const shm_where *where, int fd, view *made)
     if (made->bytes < sizeof made->layout || !(made->board = map_file(where, fd, made->bytes)))
         return pd_fail(EPROTO, "process %d shows no board", where->pid), false;
     memcpy(&made->layout, made->board, sizeof made->layout);
+    if (memcmp(made->layout.token, where->token, PD_SHM_TOKEN))
+        return pd_fail(EPROTO, "process %d shows the board of another agent", where->pid), false;
     if (!sound(made))
         return pd_fail(EPROTO, "the board of process %d makes no sense", where->pid), false;
     size_t regions = made->layout.num_regions, grids = made->layout.num_grids;
@@ -166,26 +187,36 @@ static int map_pools(const shm_where *where, view *made)
     return 0;
 }
 
-static view *view_make(const shm_where *where, const shm_head *head)
+/* The board that the head names at this moment; NULL after pd_fail. */
+static view *view_once(const shm_where *where, const shm_head *head)
 {
     view *made = calloc(1, sizeof *made);
     if (!made)
         return pd_fail(ENOMEM, "no memory"), NULL;
-    int fd = -1;
-    for (int i = 0; i < TRIES; i++, sched_yield()) { /* an owner that was stopped while it wrote must not hold us */
-        made->sequence = atomic_load(&head->sequence);
-        fd = atomic_load(&head->board_fd);
-        made->bytes = atomic_load(&head->board_bytes);
-        if (made->sequence % 2 == 0 && made->sequence == atomic_load(&head->sequence))
-            break;
-        fd = -1;
-    }
+    made->sequence = atomic_load(&head->sequence);
+    int fd = atomic_load(&head->board_fd);
+    made->bytes = atomic_load(&head->board_bytes);
     if (fd < 0)
         pd_fail(EAGAIN, "process %d has registered no memory", where->pid);
     else if (copy_board(where, fd, made) && !map_pools(where, made))
         return made;
     view_free(made);
     return NULL;
+}
+
+static view *view_make(const shm_where *where, const shm_head *head)
+{
+    for (int i = 0; i < TRIES; i++, sched_yield()) { /* an owner that was stopped while it wrote must not hold us */
+        unsigned before = atomic_load(&head->sequence);
+        if (before % 2)
+            continue;
+        view *made = view_once(where, head);
+        if (atomic_load(&head->sequence) == before)
+            return made;
+        if (made)
+            view_free(made); /* of a board that was replaced meanwhile */
+    }
+    return pd_fail(EAGAIN, "process %d keeps changing its board", where->pid), NULL;
 }
 
 /* Whether memory outside of memfds can be read here at all, tried on the first byte of it. */
@@ -264,7 +295,7 @@ static void *shm_connect(const unsigned char *remote, size_t bytes)
 static bool gone(const shm_peer *peer)
 {
     struct pollfd exited = {peer->pidfd, POLLIN, 0};
-    if (!atomic_load(&peer->head->closed) && poll(&exited, 1, 0) == 0)
+    if (!atomic_load(&peer->head->closed) && poll(&exited, 1, 0) <= 0) /* -1: a signal; it did not exit */
         return false;
     pd_fail(ESRCH, "its process ended or its agent was closed");
     return true;

@@ -36,6 +36,7 @@ typedef struct {
 } shm_head;
 
 typedef struct {
+    unsigned char token[PD_SHM_TOKEN]; /* the head's */
     uint64_t num_regions, num_grids, slot_words;
     uint64_t regions_at, grids_at, index_at, slots_at; /* bytes from the start of the board */
 } shm_board;

@@ -137,41 +137,55 @@ static uint64_t first_bit(const shm_owner *owner, uint32_t group)
     return 0;
 }
 
-int shm_owner_publish(shm_owner *owner, const pd_memory *memory)
+/* A board of this memory in `made`, whose head is the owner's; what there is of it stays in `made` after an error. */
+static int make_board(shm_owner *made, const pd_memory *memory)
 {
-    drop_board(owner);
-    owner->groups = calloc(memory->num_grids ? memory->num_grids : 1, sizeof *owner->groups);
-    owner->free = calloc(PD_SHM_SLOTS, sizeof *owner->free);
-    if (!owner->groups || !owner->free)
+    made->groups = calloc(memory->num_grids ? memory->num_grids : 1, sizeof *made->groups);
+    made->free = calloc(PD_SHM_SLOTS, sizeof *made->free);
+    if (!made->groups || !made->free)
         return pd_fail(ENOMEM, "no memory for %zu groups", memory->num_grids);
     shm_board layout = {.num_regions = memory->num_regions, .num_grids = memory->num_grids};
-    layout.slot_words = sizeof(shm_slot) / 8 + number_groups(owner, memory) / 64 + 1;
+    memcpy(layout.token, made->head->token, PD_SHM_TOKEN);
+    layout.slot_words = sizeof(shm_slot) / 8 + number_groups(made, memory) / 64 + 1;
     layout.regions_at = sizeof layout;
     layout.grids_at = layout.regions_at + memory->num_regions * sizeof(pd_region);
     layout.index_at = layout.grids_at + memory->num_grids * sizeof(shm_grid);
     layout.slots_at = (layout.index_at + PD_SHM_SLOTS * sizeof(shm_entry) + 63) / 64 * 64;
-    for (owner->num_free = 0; owner->num_free < PD_SHM_SLOTS; owner->num_free++)
-        owner->free[owner->num_free] = (uint32_t)(PD_SHM_SLOTS - 1 - owner->num_free);
-    owner->board_bytes = layout.slots_at + PD_SHM_SLOTS * layout.slot_words * 8; /* pages come with the first use */
-    owner->board_fd = make_memfd("pd-board", owner->board_bytes, (void **)&owner->board);
-    if (owner->board_fd < 0) {
-        owner->board = NULL;
+    for (made->num_free = 0; made->num_free < PD_SHM_SLOTS; made->num_free++)
+        made->free[made->num_free] = (uint32_t)(PD_SHM_SLOTS - 1 - made->num_free);
+    made->board_bytes = layout.slots_at + PD_SHM_SLOTS * layout.slot_words * 8; /* pages come with the first use */
+    void *mapping;
+    made->board_fd = make_memfd("pd-board", made->board_bytes, &mapping);
+    if (made->board_fd < 0)
         return -EIO;
-    }
-    *owner->board = layout;
-    char *base = (char *)owner->board;
+    made->board = mapping;
+    *made->board = layout;
+    char *base = mapping;
     if (memory->num_regions)
         memcpy(base + layout.regions_at, memory->regions, memory->num_regions * sizeof(pd_region));
     shm_grid *grids = (shm_grid *)(base + layout.grids_at);
     for (size_t i = 0; i < memory->num_grids; i++)
-        grids[i] = (shm_grid){memory->grids[i], first_bit(owner, memory->grids[i].group)};
+        grids[i] = (shm_grid){memory->grids[i], first_bit(made, memory->grids[i].group)};
+    return 0;
+}
+
+int shm_owner_publish(shm_owner *owner, const pd_memory *memory)
+{
+    shm_owner made = {.head = owner->head, .head_fd = owner->head_fd, .board_fd = -1};
+    int error = make_board(&made, memory);
+    if (error) {
+        drop_board(&made);
+        return error; /* the old board stands */
+    }
     for (size_t i = 0; i < memory->num_regions; i++)
         if (memory->regions[i].fd < 0)
             prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0); /* where Yama restricts process_vm_readv */
     atomic_fetch_add(&owner->head->sequence, 1);
-    atomic_store(&owner->head->board_fd, owner->board_fd);
-    atomic_store(&owner->head->board_bytes, owner->board_bytes);
+    atomic_store(&owner->head->board_fd, made.board_fd);
+    atomic_store(&owner->head->board_bytes, made.board_bytes);
     atomic_fetch_add(&owner->head->sequence, 1);
+    drop_board(owner); /* only now: whoever opened it saw the sequence change */
+    *owner = made;
     return 0;
 }
 

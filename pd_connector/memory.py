@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -159,16 +160,20 @@ class Pool(mmap.mmap):
         pool.fd = fd
         pool.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(pool))
         weakref.finalize(pool, os.close, fd)
-        _pools.add(pool)
+        with _pools_lock:
+            _pools.add(pool)
         return pool
 
 
+_pools_lock = threading.Lock()
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 def pool_at(address: int, length: int) -> Pool | None:
     """The pool that this range lies in, if it lies in one."""
-    inside = (pool for pool in _pools if pool.address <= address and address + length <= pool.address + len(pool))
+    with _pools_lock:
+        pools = [pool for pool in _pools if not pool.closed]
+    inside = (pool for pool in pools if pool.address <= address and address + length <= pool.address + len(pool))
     return next(inside, None)
 
 

@@ -111,6 +111,7 @@ class Agent:
         self._feed(ev.Close())
         if self._courier is not None:
             # Afterwards no read writes any more, so whatever is unsettled is settled now.
+            self._courier.unwatch()
             await self._loop.run_in_executor(None, self._courier.close)
             for tag in self.core.reader.outstanding_tags():
                 self._feed(ev.Completed(tag, "cancelled"))

@@ -55,11 +55,15 @@ class Courier:
             total.update({f"{name}_{key}": value for key, value in counts.items()})
         return total
 
+    def unwatch(self) -> None:
+        """Take no completions any more. On the loop, before ``close``."""
+        for transport in self._transports.values():
+            self._loop.remove_reader(transport.fileno())
+
     def close(self) -> None:
         """May block for the transports' own bounded time; on return nothing writes into our regions any more."""
         for transport in self._transports.values():
             try:
-                self._loop.call_soon_threadsafe(self._loop.remove_reader, transport.fileno())
                 transport.close()
             except Exception:
                 logger.exception("transport %s did not close", transport.name)

@@ -260,6 +260,27 @@ class TransportConformance:
 
         self.ends_quietly(big, fence)
 
+    def test_fence_after_disconnect_in_the_middle(self, big: Pair) -> None:
+        """What a protocol does that gave a peer up: the fence must still wait for what may write."""
+
+        def fence(tag: int) -> None:
+            big.reader.disconnect(PEER)
+            assert big.wait(big.fence()).status is Status.DONE
+            assert tag in big.ended, "the fence was done before the read ended"
+            assert big.wait(big.connect()).status is Status.DONE
+
+        self.ends_quietly(big, fence)
+
+    def test_fence_after_connecting_again_in_the_middle(self, big: Pair) -> None:
+        def fence(tag: int) -> None:
+            again = big.connect()
+            assert big.wait(big.fence()).status is Status.DONE
+            assert tag in big.ended, "the fence was done before the read ended"
+            big.wait(again)
+            assert big.wait(big.connect()).status is Status.DONE
+
+        self.ends_quietly(big, fence)
+
     def test_disconnect_in_the_middle(self, big: Pair) -> None:
         def disconnect(tag: int) -> None:
             big.reader.disconnect(PEER)
@@ -314,6 +335,12 @@ class TransportConformance:
         big.owner.close()
         assert big.wait(tag).status in (Status.PEER_LOST, Status.DONE)
         assert big.wait(big.read(big.blocks([0]))).status is Status.PEER_LOST
+
+    def test_close_with_completions_that_nobody_took(self, mixed: Pair) -> None:
+        mixed.reader.disconnect(PEER)
+        mixed.read(mixed.blocks([0]))
+        mixed.read(CopyPlan(coalesce([0], [0]), ()))
+        mixed.reader.close()
 
     def test_nobody_at_the_address(self, mixed: Pair) -> None:
         """Such a connect ends by itself or when the caller's patience does, but it ends, once."""

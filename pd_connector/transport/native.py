@@ -10,6 +10,7 @@ import contextlib
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from types import ModuleType
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 
 from pd_connector.errors import LocalProtocolError, TransportUnavailable
-from pd_connector.memory import MemoryKind, Region, native, order_grids, pool_at
+from pd_connector.memory import MemoryKind, Pool, Region, native, order_grids, pool_at
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
 from pd_connector.transport.grants import check_capability, check_claim
@@ -52,10 +53,12 @@ class NativeTransport(Transport):
         self._closed = False
         self._peers: dict[PeerId, int] = {}
         self._numbers = count(_NEVER + 1)
-        self._registered: list[Sequence[Region]] = []  # reads may still write into memory that was unregistered
+        self._registered: list[object] = []  # reads may still write into memory that was unregistered
         threads = parsed.threads or min(2, len(parsed.cpus) or os.cpu_count() or 1)
         try:
             self._handle = self._native.open(self.backend, threads, np.array(parsed.cpus, np.intc))
+            # Also for an agent that nobody closed: C's threads must not outlive the memory that they write to.
+            self._finish = weakref.finalize(self, _close, self._native, self._handle, self._registered, self._pid)
             self._description: bytes = self._native.describe(self._handle)
         except RuntimeError as error:
             raise TransportUnavailable(self.name, str(error)) from error
@@ -81,7 +84,8 @@ class NativeTransport(Transport):
         for region in regions:
             if region.kind is not MemoryKind.HOST:
                 raise LocalProtocolError(f"{region}: this transport reaches host memory only")
-        packed = b"".join(map(_pack_region, regions))
+        pools = [pool_at(region.address, region.length) for region in regions]
+        packed = b"".join(map(_pack_region, regions, pools))
         refs = order_grids(regions)
         grids = b"".join(
             _GRID.pack(
@@ -95,7 +99,7 @@ class NativeTransport(Transport):
             for ref in refs
         )
         with self._usable() as c:
-            self._registered.append(tuple(regions))
+            self._registered.append((tuple(regions), pools))
             c.register(self._handle, packed, grids)
 
     def unregister(self) -> None:
@@ -157,14 +161,12 @@ class NativeTransport(Transport):
         if os.getpid() != self._pid:
             return  # a fork's copy: the threads are the parent's
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._native.close(self._handle)
-                self._registered.clear()
+            self._closed = True
+            self._finish()
 
     def fileno(self) -> int:
-        self._check_process()
-        return self._fileno
+        with self._usable():
+            return self._fileno
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -204,8 +206,13 @@ def _require(name: str) -> ModuleType:
     return found
 
 
-def _pack_region(region: Region) -> bytes:
-    pool = pool_at(region.address, region.length)
+def _close(extension: Any, handle: Any, registered: list[object], pid: int) -> None:
+    if os.getpid() == pid:  # not a fork's copy: the threads are the parent's
+        extension.close(handle)
+        registered.clear()
+
+
+def _pack_region(region: Region, pool: Pool | None) -> bytes:
     if pool is None:
         return _REGION.pack(region.address, region.length, -1, 0, 0, 0)
     return _REGION.pack(region.address, region.length, pool.fd, 0, region.address - pool.address, len(pool))
