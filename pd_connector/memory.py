@@ -12,7 +12,6 @@ import ctypes
 import fcntl
 import mmap
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -160,21 +159,22 @@ class Pool(mmap.mmap):
         pool.fd = fd
         pool.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(pool))
         weakref.finalize(pool, os.close, fd)
-        with _pools_lock:
-            _pools.add(pool)
+        _pools[pool.address] = pool
         return pool
 
 
-_pools_lock = threading.Lock()
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_pools: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
 
 
 def pool_at(address: int, length: int) -> Pool | None:
     """The pool that this range lies in, if it lies in one."""
-    with _pools_lock:
-        pools = [pool for pool in _pools if not pool.closed]
-    inside = (pool for pool in pools if pool.address <= address and address + length <= pool.address + len(pool))
-    return next(inside, None)
+    for reference in _pools.valuerefs():  # a list of its own, whatever other threads make meanwhile
+        pool = reference()
+        if pool is None or pool.closed:
+            continue
+        if pool.address <= address and address + length <= pool.address + len(pool):
+            return pool
+    return None
 
 
 @dataclass(frozen=True, slots=True)
