@@ -38,7 +38,7 @@ from pd_connector.transport.zmq_wire import (
 
 log = logging.getLogger(__name__)
 
-WINDOW_BYTES = 4 << 20
+WINDOW_BYTES = 8 << 20
 WINDOW_SLICES = 32
 """In flight per peer. The bytes bound what libzmq may buffer; they are few, so that what it received is still in the
 caches when it is copied on. The count keeps many small slices below libzmq's queue."""
