@@ -248,8 +248,8 @@ def _endpoint(host: str, port: int) -> str:
 
 
 def _raise_priority() -> None:
-    """Run before an engine's threads, which spin on the same cores while they wait for what these threads do: a 235 MB
-    read then took 76 to 85 ms instead of 87 to 113. Where the process may not (no CAP_SYS_NICE) all stays as it is."""
+    """Run before an engine's threads, which spin on the same cores while they wait for what these threads do. Where the
+    process may not (no CAP_SYS_NICE) all stays as it is."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, NICE)  # on Linux of this thread alone
 
