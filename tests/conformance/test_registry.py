@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -96,6 +98,16 @@ def test_an_entry_point_that_does_not_load_is_unavailable(installed: dict[str, s
 def test_bad_options_are_the_users_mistake_even_with_auto() -> None:
     with pytest.raises(ConfigError, match="host"):
         registry.start("auto", "a", {"zmq": {"hots": ""}})
+
+
+def test_what_should_work_here_and_does_not_start_is_an_error_even_with_auto() -> None:
+    """Else an operator's port would silently not be served. What had started before it is stopped again."""
+    threads = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(TransportUnavailable, match=rf"cannot listen at tcp://127\.0\.0\.1:{port}.*'port' \(0 picks"):
+            registry.start("auto", "a", {"zmq": {"port": port}})
+    assert threading.active_count() == threads
 
 
 def test_choose_gives_a_reason_for_every_other_one() -> None:
