@@ -105,7 +105,7 @@ def test_what_should_work_here_and_does_not_start_is_an_error_even_with_auto() -
     threads = threading.active_count()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(TransportUnavailable, match=rf"cannot listen at tcp://127\.0\.0\.1:{port}.*'port' \(0 picks"):
+        with pytest.raises(TransportUnavailable, match=rf"cannot listen at .*:{port}.*'port' \(0 picks"):
             registry.start("auto", "a", {"zmq": {"port": port}})
     assert threading.active_count() == threads
 
