@@ -6,7 +6,6 @@ reach it through a queue and a doorbell, completions come back through the tag b
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -36,7 +35,6 @@ log = logging.getLogger(__name__)
 
 START_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 10.0
-NICE = -10
 
 
 class ZmqOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -204,7 +202,6 @@ class ZmqTransport(Transport):
 
     def _main(self, started: Future[None]) -> None:
         _set_affinity(self._options.cpus)  # before the first socket: libzmq's threads inherit it
-        _raise_priority()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             poller = zmq.Poller()
@@ -245,14 +242,6 @@ class ZmqTransport(Transport):
 
 def _endpoint(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port or '*'}" if ":" in host else f"tcp://{host}:{port or '*'}"
-
-
-def _raise_priority() -> None:
-    """Run before an engine's threads, which spin on the same cores while they wait for what these threads do (two vLLM
-    instances on one core each: 0.8 GB/s without, 2.3 to 2.8 with). Where the process may not (no CAP_SYS_NICE) all
-    stays as it is."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, NICE)  # on Linux of this thread alone
 
 
 def _set_affinity(cpus: tuple[int, ...]) -> None:
