@@ -4,13 +4,14 @@
 
 #include "pd.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 
 enum { PD_SLICE_BYTES = 1 << 20, PD_SLICE_PIECES = 1024 };
 
 /* Registered memory, immutable once made. */
 typedef struct {
-    int refs; /* under the transport's lock */
+    _Atomic int refs;
     size_t num_regions, num_grids;
     pd_region *regions;
     pd_grid *grids;
@@ -27,28 +28,51 @@ typedef struct {
     const pd_lease *lease;
     const pd_piece *pieces;
     size_t count;
+    uint64_t bytes;
 } pd_slice;
+
+/* A read that a slice of it was taken of, as its taker names it to the core. */
+typedef struct op pd_taken;
 
 typedef struct pd_backend {
     const char *name;
-    /* A backend's own state of a transport; NULL after an error. */
-    void *(*open)(void);
+    /* A backend's own state of a transport; NULL after an error. `core` is for the calls below. */
+    void *(*open)(pd_transport *core, const pd_options *options);
     void (*close)(void *own);
     int (*describe)(void *own, unsigned char *out, size_t room);
-    /* Owner's side, one call at a time. */
-    int (*publish)(void *own, const pd_memory *memory);
+    /* Owner's side, one call at a time. The memory stays until the transport is closed if `retain`ed. */
+    int (*publish)(void *own, pd_memory *memory);
     int (*grant)(void *own, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups);
     void (*revoke)(void *own, uint64_t number, uint64_t epoch);
-    /* Reader's side. `connect` makes the backend's state of a peer and may take a while; NULL after an error. */
     int (*can_reach)(const unsigned char *remote, size_t bytes);
+    /* Reader's side, of a backend whose slices are copied by threads of the core. `connect` makes the backend's state of
+     * a peer and may take a while; NULL after an error. */
     void *(*connect)(const unsigned char *remote, size_t bytes);
     void (*disconnect)(void *peer);
     /* Copy a slice. Only PD_DONE says that it is whole; on return nothing of it writes any more. Any thread, several at
      * once. Words about what went wrong by pd_fail. */
     pd_status (*read)(void *peer, const pd_slice *slice);
+    /* Reader's side, of a backend with threads of its own, instead of `read`. `dial` starts to connect and ends with
+     * pd_dialled; NULL after an error. `wake`: there is a slice to take, or one to give back because its read ended.
+     * `stop` ends the threads, and every slice is given back before it returns. */
+    void *(*dial)(void *own, uint64_t peer, const unsigned char *remote, size_t bytes);
+    void (*wake)(void *own);
+    void (*stop)(void *own);
 } pd_backend;
 
-extern const pd_backend pd_shm;
+/* For a backend with threads of its own; none of them under a lock that `wake` takes.
+ *
+ * The next slice of that peer's reads, its pieces in `pieces` (room for PD_SLICE_PIECES); NULL: there is none. Each one
+ * taken must be given back, once nothing of it writes any more. */
+pd_taken *pd_take(pd_transport *core, uint64_t peer, pd_piece *pieces, pd_slice *slice);
+bool pd_wanted(pd_transport *core, const pd_taken *taken); /* its read has not ended */
+void pd_give(pd_transport *core, pd_taken *taken, uint64_t bytes, pd_status status, const char *words);
+void pd_dialled(pd_transport *core, uint64_t peer, pd_status status, const char *words);
+void pd_lost(pd_transport *core, uint64_t peer, const char *words);
+void pd_retain(pd_memory *memory);
+void pd_release(pd_memory *memory);
+
+extern const pd_backend pd_shm, pd_tcp;
 
 /* Set what pd_last_error says; returns -error. */
 int pd_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));

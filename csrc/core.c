@@ -9,7 +9,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-static const pd_backend *const backends[] = {&pd_shm};
+static const pd_backend *const backends[] = {&pd_shm, &pd_tcp};
 
 static _Thread_local char last_error[PD_MAX_WORDS];
 
@@ -41,6 +41,7 @@ int pd_open(const char *backend, const pd_options *options, pd_transport **out)
         made->options = *options;
         made->options.threads = options->threads < 1 ? 1 : options->threads > MAX_THREADS ? MAX_THREADS : options->threads;
         made->cpus = duplicate(options->cpus, options->num_cpus, sizeof *options->cpus);
+        made->options.cpus = made->cpus;
         made->memory = memory_make(NULL, 0, NULL, 0);
         made->done_tail = &made->done;
         made->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -50,7 +51,7 @@ int pd_open(const char *backend, const pd_options *options, pd_transport **out)
         if (!made->cpus || !made->memory || made->bell < 0)
             pd_fail(errno ? errno : ENOMEM, "cannot open %s: %s", backend, strerror(errno));
         else
-            made->own = made->backend->open();
+            made->own = made->backend->open(made, &made->options);
         if (!made->own) {
             pd_close(made);
             return -EIO;
@@ -69,6 +70,8 @@ void pd_close(pd_transport *transport)
     pthread_mutex_unlock(&transport->lock);
     for (int i = 0; i < transport->running; i++)
         pthread_join(transport->threads[i], NULL);
+    if (transport->own && transport->backend->stop)
+        transport->backend->stop(transport->own);
     pthread_mutex_lock(&transport->lock); /* nothing copies any more, so every read is quiet once it ended */
     for (size_t i = 0; i < transport->tags.room; i++) {
         op *each = transport->tags.entries[i].value;
@@ -89,7 +92,7 @@ void pd_close(pd_transport *transport)
     if (transport->own)
         transport->backend->close(transport->own);
     if (transport->memory)
-        memory_release(transport->memory);
+        pd_release(transport->memory);
     if (transport->bell >= 0)
         close(transport->bell);
     free(transport->cpus);
@@ -129,7 +132,7 @@ int pd_register(pd_transport *transport, const pd_region *regions, size_t num_re
     pd_memory *old = error ? made : transport->memory;
     if (!error)
         transport->memory = made;
-    memory_release(old);
+    pd_release(old);
     pthread_mutex_unlock(&transport->lock);
     pthread_mutex_unlock(&transport->owner_lock);
     return error;
@@ -166,14 +169,22 @@ int pd_connect(pd_transport *transport, uint64_t number, const char *name, const
         *made = (peer){.number = number, .refs = 2};
         snprintf(made->name, sizeof made->name, "%s", name);
     }
-    if (!each || !each->remote || start_threads(transport) || !pd_table_put(&transport->peers, number, made)) {
+    bool dials = transport->backend->dial;
+    if (!each || !each->remote || (!dials && start_threads(transport)) || !pd_table_put(&transport->peers, number, made)) {
         error = made && !each ? -EINVAL : pd_fail(ENOMEM, "cannot connect: no memory or no thread");
         if (each)
             op_free(pd_table_remove(&transport->tags, tag));
         free(made);
     } else {
         each->peer = made;
-        enqueue(transport, each);
+        if (!dials) {
+            enqueue(transport, each);
+        } else {
+            made->dialling = each;
+            made->own = transport->backend->dial(transport->own, number, remote, bytes);
+            if (!made->own)
+                dialled(transport, made, PD_PEER_LOST, pd_last_error());
+        }
     }
     pthread_mutex_unlock(&transport->lock);
     return error;
@@ -185,6 +196,7 @@ int pd_disconnect(pd_transport *transport, uint64_t number)
     peer *owner = pd_table_remove(&transport->peers, number);
     if (owner) {
         end_all(transport, owner, PD_CANCELLED, "disconnected");
+        dialled(transport, owner, PD_CANCELLED, "disconnected");
         peer_release(transport, owner);
     }
     pthread_mutex_unlock(&transport->lock);
@@ -227,14 +239,14 @@ int pd_post_read(pd_transport *transport, uint64_t peer_number, const pd_lease *
     if (read && !read->left) {
         read->end.status = PD_DONE;
         complete(transport, read);
-    } else if (read && (!owner || owner->lost || !owner->own)) {
+    } else if (read && (!owner || owner->lost || !owner->ready)) {
         read->end.status = PD_PEER_LOST;
         snprintf(read->end.words, sizeof read->end.words, "peer %s is not connected (or was lost): connect first",
                  owner ? owner->name : "");
         complete(transport, read);
     } else if (read) {
         read->memory = transport->memory;
-        read->memory->refs++;
+        pd_retain(read->memory);
         read->priority = priority < 0 ? 0 : priority < PRIORITIES ? priority : PRIORITIES - 1;
         read->peer = owner;
         owner->refs++;

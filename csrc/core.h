@@ -21,8 +21,9 @@ typedef enum { READ, CONNECT, FENCE } op_kind;
 typedef struct peer {
     uint64_t number;
     int refs;
-    bool lost;
-    void *own;               /* the backend's, from when its CONNECT is done */
+    bool ready, lost;
+    void *own;               /* the backend's */
+    struct op *dialling;     /* the CONNECT that a backend with threads of its own has not finished */
     struct op *reads;        /* that are not complete */
     char name[128];
 } peer;
@@ -80,7 +81,6 @@ struct pd_transport {
 /* plan.c */
 void *duplicate(const void *data, size_t count, size_t size);
 pd_memory *memory_make(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
-void memory_release(pd_memory *memory);
 int check_grids(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
 int check_plan(const pd_memory *memory, const op *read, uint64_t *total);
 uint64_t cut(op *read, pd_piece *pieces, size_t *count);
@@ -90,6 +90,7 @@ op *op_open(pd_transport *transport, op_kind kind, uint64_t tag);
 void op_free(op *each);
 void enqueue(pd_transport *transport, op *each);
 void complete(pd_transport *transport, op *each);
+void dialled(pd_transport *transport, peer *each, pd_status status, const char *words);
 void end(pd_transport *transport, op *read, pd_status status, const char *words);
 void end_all(pd_transport *transport, peer *owner, pd_status status, const char *words);
 void peer_release(pd_transport *transport, peer *each);

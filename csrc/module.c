@@ -56,7 +56,8 @@ static PyObject *open_(PyObject *self, PyObject *args)
     const char *backend;
     Py_buffer cpus;
     pd_options options = {0};
-    if (!PyArg_ParseTuple(args, "siy*:open", &backend, &options.threads, &cpus))
+    if (!PyArg_ParseTuple(args, "siy*ssi:open", &backend, &options.threads, &cpus, &options.host, &options.advertise,
+                          &options.port))
         return NULL;
     options.cpus = cpus.buf;
     options.num_cpus = (size_t)cpus.len / sizeof(int);
@@ -280,7 +281,7 @@ static PyObject *poll_(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"copy", copy, METH_VARARGS, "copy(dst, src): bytes between contiguous buffers of one length that do not overlap."},
-    {"open", open_, METH_VARARGS, "open(backend, threads, cpus as ints) -> handle"},
+    {"open", open_, METH_VARARGS, "open(backend, threads, cpus as ints, host, advertise, port) -> handle"},
     {"close", close_, METH_O, "close(handle)"},
     {"fileno", fileno_, METH_O, "fileno(handle) -> int"},
     {"describe", describe, METH_O, "describe(handle) -> bytes"},

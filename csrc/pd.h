@@ -71,6 +71,8 @@ typedef struct {
     int threads;
     const int *cpus; /* none: every processor this process may use */
     size_t num_cpus;
+    const char *host, *advertise; /* numeric addresses to listen at and to tell peers; of backends on the network */
+    int port;                     /* 0: any free one */
 } pd_options;
 
 const char *pd_last_error(void); /* of this thread's last call that failed */

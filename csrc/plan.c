@@ -5,13 +5,18 @@
 #include <errno.h>
 #include <string.h>
 
-void memory_release(pd_memory *memory)
+void pd_release(pd_memory *memory)
 {
-    if (memory && !--memory->refs) {
+    if (memory && atomic_fetch_sub(&memory->refs, 1) == 1) {
         free(memory->regions);
         free(memory->grids);
         free(memory);
     }
+}
+
+void pd_retain(pd_memory *memory)
+{
+    atomic_fetch_add(&memory->refs, 1);
 }
 
 void *duplicate(const void *data, size_t count, size_t size)
@@ -27,10 +32,12 @@ pd_memory *memory_make(const pd_region *regions, size_t num_regions, const pd_gr
     pd_memory *memory = calloc(1, sizeof *memory);
     if (!memory)
         return NULL;
-    *memory = (pd_memory){1, num_regions, num_grids, duplicate(regions, num_regions, sizeof *regions),
-                          duplicate(grids, num_grids, sizeof *grids)};
+    atomic_init(&memory->refs, 1);
+    memory->num_regions = num_regions, memory->num_grids = num_grids;
+    memory->regions = duplicate(regions, num_regions, sizeof *regions);
+    memory->grids = duplicate(grids, num_grids, sizeof *grids);
     if (!memory->regions || !memory->grids) {
-        memory_release(memory);
+        pd_release(memory);
         return NULL;
     }
     return memory;

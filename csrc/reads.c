@@ -11,7 +11,7 @@
 
 /* --- queues, all under the lock ----------------------------------------------------------------------------------- */
 
-void enqueue(pd_transport *transport, op *each)
+static void append(pd_transport *transport, op *each)
 {
     op **head = &transport->queues[each->priority];
     if (*head) {
@@ -20,7 +20,15 @@ void enqueue(pd_transport *transport, op *each)
     } else {
         *head = each->next = each->previous = each;
     }
-    pthread_cond_broadcast(&transport->work);
+}
+
+void enqueue(pd_transport *transport, op *each)
+{
+    append(transport, each);
+    if (transport->backend->wake)
+        transport->backend->wake(transport->own);
+    else
+        pthread_cond_broadcast(&transport->work);
 }
 
 static void unqueue(pd_transport *transport, op *each)
@@ -54,7 +62,7 @@ void peer_release(pd_transport *transport, peer *each)
 
 void op_free(op *each)
 {
-    memory_release(each->memory);
+    pd_release(each->memory);
     free(each->runs);
     free(each->patterns);
     free(each->remote);
@@ -126,6 +134,8 @@ void end(pd_transport *transport, op *read, pd_status status, const char *words)
     read->end.status = status;
     snprintf(read->end.words, sizeof read->end.words, "%s", words);
     unqueue(transport, read);
+    if (read->busy && transport->backend->wake)
+        transport->backend->wake(transport->own);
     settle(transport, read);
 }
 
@@ -138,45 +148,133 @@ void end_all(pd_transport *transport, peer *owner, pd_status status, const char 
     }
 }
 
+/* --- slices, all under the lock ----------------------------------------------------------------------------------- */
+
+/* The next slice of a read; it goes to the tail, so that the others have their turn. Returns its bytes. */
+static uint64_t take(pd_transport *transport, op *read, pd_piece *pieces, pd_slice *slice)
+{
+    unqueue(transport, read);
+    uint64_t bytes = cut(read, pieces, &slice->count);
+    if (read->pattern < read->num_patterns)
+        append(transport, read);
+    read->busy++;
+    slice->lease = &read->lease;
+    slice->pieces = pieces;
+    slice->bytes = bytes;
+    return bytes;
+}
+
+static void lose(pd_transport *transport, peer *owner, const char *words)
+{
+    owner->lost = true;
+    end_all(transport, owner, PD_PEER_LOST, words);
+}
+
+/* `words` without the peer's name. */
+static void give(pd_transport *transport, op *read, uint64_t bytes, pd_status status, const char *words)
+{
+    read->busy--;
+    peer *owner = read->peer;
+    owner->refs++;
+    char whole[PD_MAX_WORDS] = "";
+    if (status != PD_DONE)
+        snprintf(whole, sizeof whole, "peer %s: %.*s", owner->name, PD_MAX_WORDS - 128 - 16, words);
+    else
+        read->left -= bytes;
+    if (read->ended)
+        settle(transport, read);
+    else if (status != PD_DONE || !read->left)
+        end(transport, read, status, whole);
+    if (status == PD_PEER_LOST)
+        lose(transport, owner, whole);
+    peer_release(transport, owner);
+}
+
+void dialled(pd_transport *transport, peer *each, pd_status status, const char *words)
+{
+    op *connect = each->dialling;
+    if (!connect)
+        return;
+    each->dialling = NULL;
+    each->ready = status == PD_DONE;
+    connect->end.status = status;
+    if (status != PD_DONE)
+        snprintf(connect->end.words, sizeof connect->end.words, "peer %s: %.*s", each->name, PD_MAX_WORDS - 128 - 16, words);
+    complete(transport, connect);
+    peer_release(transport, each);
+}
+
+/* --- for backends with threads of their own ----------------------------------------------------------------------- */
+
+pd_taken *pd_take(pd_transport *core, uint64_t number, pd_piece *pieces, pd_slice *slice)
+{
+    op *found = NULL;
+    pthread_mutex_lock(&core->lock);
+    peer *owner = pd_table_get(&core->peers, number);
+    for (int i = 0; owner && i < PRIORITIES && !found; i++) {
+        op *head = core->queues[i], *each = head;
+        if (head)
+            do
+                found = each->peer == owner ? each : NULL;
+            while (!found && (each = each->next) != head);
+    }
+    if (found)
+        take(core, found, pieces, slice);
+    pthread_mutex_unlock(&core->lock);
+    return found;
+}
+
+bool pd_wanted(pd_transport *core, const pd_taken *taken)
+{
+    pthread_mutex_lock(&core->lock);
+    bool wanted = !taken->ended;
+    pthread_mutex_unlock(&core->lock);
+    return wanted;
+}
+
+void pd_give(pd_transport *core, pd_taken *taken, uint64_t bytes, pd_status status, const char *words)
+{
+    pthread_mutex_lock(&core->lock);
+    give(core, taken, bytes, status, words);
+    pthread_mutex_unlock(&core->lock);
+}
+
+void pd_dialled(pd_transport *core, uint64_t number, pd_status status, const char *words)
+{
+    pthread_mutex_lock(&core->lock);
+    peer *each = pd_table_get(&core->peers, number);
+    if (each)
+        dialled(core, each, status, words);
+    pthread_mutex_unlock(&core->lock);
+}
+
+void pd_lost(pd_transport *core, uint64_t number, const char *words)
+{
+    pthread_mutex_lock(&core->lock);
+    peer *each = pd_table_get(&core->peers, number);
+    if (each) {
+        char whole[PD_MAX_WORDS];
+        snprintf(whole, sizeof whole, "peer %s: %.*s", each->name, PD_MAX_WORDS - 128 - 16, words);
+        each->refs++;
+        dialled(core, each, PD_PEER_LOST, words);
+        lose(core, each, whole);
+        peer_release(core, each);
+    }
+    pthread_mutex_unlock(&core->lock);
+}
+
 /* --- the threads -------------------------------------------------------------------------------------------------- */
 
 /* One slice of the read at the head of the queue; called and returns under the lock. */
 static void copy_slice(pd_transport *transport, op *read, pd_piece *pieces)
 {
-    size_t count;
-    uint64_t bytes = cut(read, pieces, &count);
-    if (read->pattern == read->num_patterns)
-        unqueue(transport, read);
-    else
-        transport->queues[read->priority] = read->next; /* the others' turn */
-    read->busy++;
+    pd_slice slice;
+    uint64_t bytes = take(transport, read, pieces, &slice);
     void *own = read->peer->own;
-    pd_slice slice = {&read->lease, pieces, count};
     pthread_mutex_unlock(&transport->lock);
     pd_status status = transport->backend->read(own, &slice);
     pthread_mutex_lock(&transport->lock);
-    read->busy--;
-    if (status == PD_DONE) {
-        read->left -= bytes;
-        if (read->ended)
-            settle(transport, read);
-        else if (!read->left)
-            end(transport, read, PD_DONE, "");
-        return;
-    }
-    char words[PD_MAX_WORDS];
-    snprintf(words, sizeof words, "peer %s: %.*s", read->peer->name, PD_MAX_WORDS - 128 - 16, pd_last_error());
-    peer *owner = read->peer;
-    owner->refs++;
-    if (read->ended)
-        settle(transport, read);
-    else
-        end(transport, read, status, words);
-    if (status == PD_PEER_LOST) {
-        owner->lost = true;
-        end_all(transport, owner, status, words);
-    }
-    peer_release(transport, owner);
+    give(transport, read, bytes, status, status == PD_DONE ? "" : pd_last_error());
 }
 
 static void connect_peer(pd_transport *transport, op *each)
@@ -187,13 +285,9 @@ static void connect_peer(pd_transport *transport, op *each)
     void *own = transport->backend->connect(each->remote, each->remote_bytes);
     pthread_mutex_lock(&transport->lock);
     owner->own = own;
-    owner->lost = !own;
     bool known = pd_table_get(&transport->peers, owner->number) == owner;
-    each->end.status = !known ? PD_CANCELLED : own ? PD_DONE : PD_PEER_LOST;
-    if (!own)
-        snprintf(each->end.words, sizeof each->end.words, "peer %s: %.*s", owner->name, PD_MAX_WORDS - 128 - 16, pd_last_error());
-    complete(transport, each);
-    peer_release(transport, owner);
+    owner->dialling = each;
+    dialled(transport, owner, !known ? PD_CANCELLED : own ? PD_DONE : PD_PEER_LOST, known ? pd_last_error() : "disconnected");
 }
 
 static void *run_thread(void *argument)

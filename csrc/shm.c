@@ -257,8 +257,9 @@ static pd_status shm_read(void *own, const pd_slice *slice)
 
 /* --- the owner's side, in shm_owner.c ----------------------------------------------------------------------------- */
 
-static void *shm_open_owner(void)
+static void *shm_open_owner(pd_transport *core, const pd_options *options)
 {
+    (void)core, (void)options;
     return shm_owner_open();
 }
 
@@ -277,7 +278,7 @@ static int shm_describe(void *own, unsigned char *out, size_t room)
     return sizeof where;
 }
 
-static int shm_publish(void *own, const pd_memory *memory)
+static int shm_publish(void *own, pd_memory *memory)
 {
     return shm_owner_publish(own, memory);
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import struct
 import threading
 import weakref
@@ -24,7 +25,7 @@ from pd_connector.memory import MemoryKind, Pool, Region, native, order_grids, p
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
 from pd_connector.transport.grants import check_capability, check_claim
-from pd_connector.transport.options import parse_options
+from pd_connector.transport.options import Listening, parse_listening, parse_options
 
 _STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, Status.ERROR)
 _REGION = struct.Struct("=QQiIQQ")
@@ -42,11 +43,17 @@ class NativeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpus: tuple[int, ...] = ()
 
 
+class TcpOptions(Listening, frozen=True, forbid_unknown_fields=True):
+    """``threads`` of this agent, and so connections to every peer (0: two, or one where they have one processor)."""
+
+    threads: int = 0
+
+
 class NativeTransport(Transport):
     backend: ClassVar[str]
 
     def __init__(self, agent: str, options: Mapping[str, Any]) -> None:
-        parsed = parse_options(self.name, options, NativeOptions)
+        parsed = self._parse(options)
         self._agent, self._pid = agent, os.getpid()
         self._native = _require(self.name)
         self._lock = threading.Lock()  # C must not be called while or after it closes
@@ -56,13 +63,18 @@ class NativeTransport(Transport):
         self._registered: list[object] = []  # reads may still write into memory that was unregistered
         threads = parsed.threads or min(2, len(parsed.cpus) or os.cpu_count() or 1)
         try:
-            self._handle = self._native.open(self.backend, threads, np.array(parsed.cpus, np.intc))
+            listen = _addresses(self.name, parsed) if isinstance(parsed, TcpOptions) else ("", "", 0)
+            self._handle = self._native.open(self.backend, threads, np.array(parsed.cpus, np.intc), *listen)
             # Also for an agent that nobody closed: C's threads must not outlive the memory that they write to.
             self._finish = weakref.finalize(self, _close, self._native, self._handle, self._registered, self._pid)
             self._description: bytes = self._native.describe(self._handle)
         except RuntimeError as error:
             raise TransportUnavailable(self.name, str(error)) from error
         self._fileno: int = self._native.fileno(self._handle)
+
+    @classmethod
+    def _parse(cls, options: Mapping[str, Any]) -> NativeOptions | TcpOptions:
+        return parse_options(cls.name, options, NativeOptions)
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
@@ -194,6 +206,30 @@ class ShmTransport(NativeTransport):
     name: ClassVar[str] = "shm"
     backend: ClassVar[str] = "shm"
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.HOST)
+
+
+class TcpTransport(NativeTransport):
+    """Between hosts, over lanes of plain TCP: see csrc/tcp.h."""
+
+    name: ClassVar[str] = "tcp"
+    backend: ClassVar[str] = "tcp"
+    traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.NETWORK)
+
+    @classmethod
+    def _parse(cls, options: Mapping[str, Any]) -> TcpOptions:
+        return parse_listening(cls.name, options, TcpOptions)
+
+
+def _addresses(name: str, options: TcpOptions) -> tuple[str, str, int]:
+    """(host, advertise, port) as numbers. Raises TransportUnavailable for a name that does not resolve."""
+    hosts = ("::" if options.host == "*" else options.host, options.advertise or options.host)
+    numeric = []
+    for host in hosts:
+        try:
+            numeric.append(str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]))
+        except OSError as error:
+            raise TransportUnavailable(name, f"the host name {host!r} does not resolve: {error}") from error
+    return numeric[0], numeric[1], options.port
 
 
 def _require(name: str) -> ModuleType:

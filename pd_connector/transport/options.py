@@ -13,6 +13,19 @@ from pd_connector.errors import ConfigError
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 
+class Listening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``host`` and ``port`` to bind (0: any free port), ``advertise`` the host peers are told (default: ``host``),
+    ``cpus`` the processors of the background threads (default: all this process may use)."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    advertise: str = ""
+    cpus: tuple[int, ...] = ()
+
+
+L = TypeVar("L", bound=Listening)
+
+
 def parse_options(transport: str, options: Mapping[str, Any], kind: type[Options]) -> Options:
     """Raises ConfigError, for an unknown option with the nearest known one."""
     known = kind.__struct_fields__
@@ -25,3 +38,15 @@ def parse_options(transport: str, options: Mapping[str, Any], kind: type[Options
         return msgspec.convert(dict(options), kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"options of transport {transport!r}: {error}") from error
+
+
+def parse_listening(transport: str, options: Mapping[str, Any], kind: type[L]) -> L:
+    """As parse_options, for a transport that listens. Raises ConfigError."""
+    parsed = parse_options(transport, options, kind)
+    if not 0 <= parsed.port <= 65535:
+        raise ConfigError(f"transport {transport!r}: port {parsed.port} is not in 0..65535")
+    if parsed.host in ("0.0.0.0", "::", "*") and not parsed.advertise:
+        raise ConfigError(
+            f"transport {transport!r} listens at {parsed.host}: set 'advertise' to the address that peers can reach"
+        )
+    return parsed

@@ -18,14 +18,14 @@ from typing import Any, ClassVar
 import msgspec
 import zmq
 
-from pd_connector.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from pd_connector.errors import LocalProtocolError, RemoteProtocolError
 from pd_connector.memory import MemoryKind, Region
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
 from pd_connector.transport.doorbell import Doorbell
 from pd_connector.transport.grants import Grants, check_claim
 from pd_connector.transport.hostmem import HostMemory
-from pd_connector.transport.options import parse_options
+from pd_connector.transport.options import Listening, parse_listening
 from pd_connector.transport.tags import TagBook
 from pd_connector.transport.zmq_owner import Owner
 from pd_connector.transport.zmq_reader import Reader
@@ -37,34 +37,12 @@ START_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 10.0
 
 
-class ZmqOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``host`` and ``port`` to bind (0: any free port), ``advertise`` the host peers are told (default: ``host``),
-    ``cpus`` the processors of the background threads (default: all this process may use)."""
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    advertise: str = ""
-    cpus: tuple[int, ...] = ()
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> ZmqOptions:
-        """Raises ConfigError."""
-        parsed = parse_options("zmq", options, cls)
-        if not 0 <= parsed.port <= 65535:
-            raise ConfigError(f"transport 'zmq': port {parsed.port} is not in 0..65535")
-        if parsed.host in ("0.0.0.0", "::", "*") and not parsed.advertise:
-            raise ConfigError(
-                f"transport 'zmq' listens at {parsed.host}: set 'advertise' to the address that peers can reach"
-            )
-        return parsed
-
-
 class ZmqTransport(Transport):
     name: ClassVar[str] = "zmq"
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.NETWORK)
 
     def __init__(self, agent: str, options: Mapping[str, Any]) -> None:
-        self._options = ZmqOptions.parse(options)
+        self._options = parse_listening(self.name, options, Listening)
         self._agent, self._pid, self._instance = agent, os.getpid(), secrets.token_bytes(16)
         self._tags, self._grants = TagBook(), Grants()
         self._memory = HostMemory(())

@@ -18,8 +18,8 @@ from pd_connector.transport.inproc import InprocTransport
 from pd_connector.transport.native import NativeTransport
 from pd_connector.transport.zmq import ZmqTransport
 
-NATIVE = ["shm"] if native() else []
-WITHOUT = {} if native() else {"shm": "the C extension is not installed"}
+NATIVE = ["shm", "tcp"] if native() else []
+WITHOUT = {} if native() else {"shm": "no extension", "tcp": "no extension"}
 FAULTY = "pd_connector.testing.faults:FaultyTransport"
 
 
@@ -59,7 +59,7 @@ def test_auto_says_why_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_with_nothing_usable_gives_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (InprocTransport, NativeTransport, ZmqTransport):
         monkeypatch.setattr(kind, "probe", classmethod(lambda cls, options: f"{cls.name} is out of order"))
-    with pytest.raises(TransportUnavailable, match=r"inproc is out of order.*shm is out of order.*zmq is out of order"):
+    with pytest.raises(TransportUnavailable, match=r"inproc is .*shm is .*tcp is .*zmq is out of order"):
         registry.start("auto", "a", {})
 
 
@@ -134,6 +134,7 @@ def test_without_the_extension_the_rest_works_and_the_reason_is_said(monkeypatch
     with started("auto", "a", {}) as (transports, reasons):
         assert list(transports) == ["inproc", "zmq"]
         assert "PD_NATIVE=require" in reasons["shm"]
+        assert "PD_NATIVE=require" in reasons["tcp"]
     with pytest.raises(TransportUnavailable, match="C extension is not installed"):
         registry.start("shm", "a", {})
 

@@ -23,8 +23,8 @@ from pd_connector.protocol.ticket import Ticket
 from pd_connector.router.metrics import RouterMetrics
 from pd_connector.router.settings import RouterSettings
 from pd_connector.transport import zmq_wire
-from pd_connector.transport.native import NativeOptions
-from pd_connector.transport.zmq import ZmqOptions
+from pd_connector.transport.native import NativeOptions, TcpOptions
+from pd_connector.transport.options import Listening
 
 WIRE, CONFIGURATION, OPERATIONS = (f"docs/{name}.md" for name in ("wire_protocol", "configuration", "operations"))
 MESSAGES: dict[str, type[messages.Message]] = {
@@ -120,7 +120,11 @@ def test_settings(page: str, heading: str) -> None:
 
 
 def test_options_of_the_zmq_transport() -> None:
-    assert documented(table(read(CONFIGURATION), "Options of the zmq transport")) == defaults(ZmqOptions)
+    assert documented(table(read(CONFIGURATION), "Options of the zmq transport")) == defaults(Listening)
+
+
+def test_options_of_the_tcp_transport() -> None:
+    assert documented(table(read(CONFIGURATION), "Options of the tcp transport")) == defaults(TcpOptions)
 
 
 def test_options_of_the_shm_transport() -> None:

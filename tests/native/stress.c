@@ -20,6 +20,7 @@
 
 enum { LAYERS = 3, BLOCKS = 64, BLOCK = 24 * 1024 + 64, STRIDE = BLOCK + 4096, READERS = 3, ROUNDS = 200 };
 
+static const char *backend;
 static const unsigned char CAPABILITY[16] = "sixteen bytes...";
 static const uint64_t WHOLE = (uint64_t)LAYERS * BLOCKS * STRIDE;
 
@@ -65,8 +66,8 @@ static agent make(bool pooled, bool filled)
     for (int i = 0; i < LAYERS; i++)
         grids[i] = (pd_grid){0, 0, (uint64_t)i * BLOCKS * STRIDE, STRIDE, BLOCK, BLOCKS};
     pd_region region = {(uint64_t)(uintptr_t)made.bytes, WHOLE, fd, 0, 0, pooled ? WHOLE : 0};
-    pd_options options = {.threads = 3};
-    assert(!pd_open("shm", &options, &made.transport));
+    pd_options options = {.threads = 3, .host = "127.0.0.1", .advertise = "127.0.0.1"};
+    assert(!pd_open(backend, &options, &made.transport));
     assert(!pd_register(made.transport, &region, 1, grids, LAYERS));
     return made;
 }
@@ -193,23 +194,32 @@ static void live(bool pooled)
     munmap(owner.bytes, WHOLE);
 }
 
-/* An owner in another process that is killed while it is read: every read ends, and the peer is lost. */
-static void killed(bool pooled)
+/* An owner in another process; its description comes to `where`. */
+static pid_t spawn(bool pooled, unsigned char where[PD_MAX_DESCRIPTION], ssize_t *bytes)
 {
     int pipes[2];
     assert(!pipe(pipes));
     pid_t child = fork();
     if (!child) {
         agent owner = make(pooled, true);
-        unsigned char where[PD_MAX_DESCRIPTION];
         grant(owner.transport, 1, 0);
-        int bytes = pd_describe(owner.transport, where, sizeof where);
-        assert(write(pipes[1], where, (size_t)bytes) == bytes);
+        int size = pd_describe(owner.transport, where, PD_MAX_DESCRIPTION);
+        assert(write(pipes[1], where, (size_t)size) == size);
         pause();
         _exit(0);
     }
+    *bytes = read(pipes[0], where, PD_MAX_DESCRIPTION);
+    close(pipes[0]);
+    close(pipes[1]);
+    return child;
+}
+
+/* An owner that is killed while it is read: every read ends, and the peer is lost. */
+static void killed(bool pooled)
+{
     unsigned char where[PD_MAX_DESCRIPTION];
-    ssize_t bytes = read(pipes[0], where, sizeof where);
+    ssize_t bytes;
+    pid_t child = spawn(pooled, where, &bytes);
     agent reader = make(false, false);
     assert(bytes > 0 && !pd_connect(reader.transport, 1, "owner", where, (size_t)bytes, 1));
     assert(wait_for(reader.transport, 1).status == PD_DONE);
@@ -222,24 +232,71 @@ static void killed(bool pooled)
         pd_status status = wait_for(reader.transport, tag).status;
         assert(tag < 20 ? status == PD_DONE : tag > 20 ? status == PD_PEER_LOST : status != PD_ERROR);
     }
-    assert(pd_can_reach(reader.transport, where, (size_t)bytes) < 0);
-    for (size_t at = 0; at < (size_t)bytes; at++) { /* descriptions with one wrong byte, shorter and longer ones */
+    bool sees = !strcmp(backend, "shm"); /* whether somebody is there: over a network only a connection tells */
+    assert(!sees || pd_can_reach(reader.transport, where, (size_t)bytes) < 0);
+    for (size_t at = 0; at < (size_t)bytes; at++) { /* descriptions with one wrong byte, shorter ones */
         where[at] ^= 0x41;
-        assert(pd_can_reach(reader.transport, where, (size_t)bytes) < 0 && pd_can_reach(reader.transport, where, at) < 0);
+        assert(!sees || pd_can_reach(reader.transport, where, (size_t)bytes) < 0);
+        assert(pd_can_reach(reader.transport, where, at) < 0);
         where[at] ^= 0x41;
     }
     pd_close(reader.transport);
     munmap(reader.bytes, WHOLE);
-    close(pipes[0]);
-    close(pipes[1]);
+}
+
+/* An owner that stands still: reads of it can be cancelled and fenced, and their destination is quiet then, also when it
+ * goes on. A one-sided backend reads on. */
+static void stopped(bool pooled)
+{
+    unsigned char where[PD_MAX_DESCRIPTION];
+    ssize_t bytes;
+    pid_t child = spawn(pooled, where, &bytes);
+    agent reader = make(false, false);
+    assert(!pd_connect(reader.transport, 1, "owner", where, (size_t)bytes, 1));
+    assert(wait_for(reader.transport, 1).status == PD_DONE);
+    for (uint64_t tag = 10; tag < 200; tag += 10) {
+        memset(reader.bytes, 0, WHOLE);
+        for (uint64_t k = 0; k < 4; k++)
+            assert(!post(reader.transport, 1, (uint32_t)k * 16, (uint32_t)k * 16, 16, tag + k));
+        usleep((useconds_t)tag * 20);
+        kill(child, SIGSTOP);
+        pd_completion end;
+        int taken = 0;
+        if (tag % 20)
+            for (uint64_t k = 0; k < 4; k++)
+                assert(!pd_cancel(reader.transport, tag + k));
+        else
+            assert(!pd_fence(reader.transport, 1, tag + 5));
+        for (int whole = tag % 20 ? 4 : 5; taken < whole;) {
+            struct pollfd bell = {pd_fileno(reader.transport), POLLIN, 0};
+            assert(poll(&bell, 1, 5000) == 1);
+            if (!pd_poll(reader.transport, &end, 1))
+                continue;
+            assert(end.status == PD_DONE || end.status == PD_CANCELLED);
+            if (end.status == PD_DONE && end.tag < tag + 4)
+                same(&reader, (uint32_t)(end.tag - tag) * 16, (uint32_t)(end.tag - tag) * 16, 16);
+            taken++;
+        }
+        memset(reader.bytes, 0, WHOLE);
+        kill(child, SIGCONT);
+        usleep(20000);
+        for (uint64_t at = 0; at < WHOLE; at++)
+            assert(!reader.bytes[at]);
+    }
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+    pd_close(reader.transport);
+    munmap(reader.bytes, WHOLE);
 }
 
 int main(void)
 {
     copiers();
-    for (int pooled = 0; pooled < 2; pooled++) {
-        killed(pooled);
-        live(pooled);
+    for (int round = 0; round < 3; round++) {
+        backend = round < 2 ? "shm" : "tcp";
+        stopped(round == 1);
+        killed(round == 1);
+        live(round == 1);
     }
     puts("stress: all bytes right");
     return 0;

@@ -1,0 +1,202 @@
+/* The loops of the tcp backend; see tcp.h. */
+
+#include "tcp.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <time.h>
+#include <unistd.h>
+
+const char tcp_magic[8] = "PDTCP01";
+
+int64_t tcp_now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+void tcp_watch(loop *each, source *what, bool writing, bool added)
+{
+    struct epoll_event event = {EPOLLIN | (writing ? EPOLLOUT : 0), {.ptr = what}};
+    epoll_ctl(each->epoll, added ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, what->fd, &event);
+}
+
+/* A peer whose host vanished sends no FIN: the kernel gives up on it. */
+void tcp_tune(int fd)
+{
+    int one = 1, idle = 15, interval = 5, probes = 3, patience = TCP_PATIENCE_MS;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
+    setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &patience, sizeof patience);
+}
+
+static void rung(source *self, uint32_t events)
+{
+    (void)events;
+    uint64_t count;
+    while (read(self->fd, &count, sizeof count) < 0 && errno == EINTR)
+        ;
+}
+
+void tcp_wake(void *own)
+{
+    tcp *all = own;
+    uint64_t one = 1;
+    for (int i = 0; i < all->num_loops; i++)
+        while (write(all->loops[i].bell.fd, &one, sizeof one) < 0 && errno == EINTR)
+            ;
+}
+
+static void pin(const tcp *all)
+{
+    cpu_set_t cpus;
+    CPU_ZERO(&cpus);
+    /* Leave the one core that an engine may have pinned its threads to; the kernel keeps what the cpuset allows. */
+    for (size_t i = 0; i < all->num_cpus; i++)
+        CPU_SET((unsigned)all->cpus[i] % CPU_SETSIZE, &cpus);
+    for (int i = 0; !all->num_cpus && i < CPU_SETSIZE; i++)
+        CPU_SET(i, &cpus);
+    sched_setaffinity(0, sizeof cpus, &cpus);
+}
+
+static void *run_loop(void *argument)
+{
+    loop *each = argument;
+    pin(each->tcp);
+    struct epoll_event events[64];
+    while (!atomic_load(&each->tcp->stop)) {
+        int64_t first = lanes_deadline(each), second = connections_deadline(each), now = tcp_now_ms();
+        int64_t deadline = first < second ? first : second;
+        int timeout = deadline == INT64_MAX ? -1 : deadline <= now ? 0 : (int)(deadline - now) + 1;
+        int count = epoll_wait(each->epoll, events, 64, timeout);
+        bool woken = false;
+        for (int i = 0; i < count; i++) {
+            source *from = events[i].data.ptr;
+            woken |= from == &each->bell;
+            from->ready(from, events[i].events);
+        }
+        lanes_turn(each, woken);
+        connections_turn(each);
+    }
+    return NULL;
+}
+
+static int start_loop(tcp *all, loop *each)
+{
+    each->tcp = all;
+    each->bell = (source){rung, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    each->epoll = epoll_create1(EPOLL_CLOEXEC);
+    pthread_mutex_init(&each->lock, NULL);
+    if (each->bell.fd < 0 || each->epoll < 0)
+        return pd_fail(errno, "cannot make a loop: %s", strerror(errno));
+    tcp_watch(each, &each->bell, false, false);
+    return 0;
+}
+
+static void tcp_stop(void *own)
+{
+    tcp *all = own;
+    atomic_store(&all->stop, true);
+    tcp_wake(all);
+    for (int i = 0; i < all->num_loops; i++) {
+        loop *each = &all->loops[i];
+        if (each->running)
+            pthread_join(each->thread, NULL);
+        each->running = false;
+        lanes_close(each);
+        connections_close(each);
+    }
+}
+
+static void tcp_close(void *own)
+{
+    tcp *all = own;
+    tcp_stop(all);
+    for (int i = 0; i < all->num_loops; i++) {
+        close(all->loops[i].bell.fd);
+        close(all->loops[i].epoll);
+        pthread_mutex_destroy(&all->loops[i].lock);
+    }
+    if (all->listener.fd >= 0)
+        close(all->listener.fd);
+    if (all->spare >= 0)
+        close(all->spare);
+    grants_free(all);
+    if (all->memory)
+        pd_release(all->memory);
+    pthread_mutex_destroy(&all->lock);
+    free(all->loops);
+    free(all);
+}
+
+static void *tcp_open(pd_transport *core, const pd_options *options)
+{
+    tcp *all = calloc(1, sizeof *all);
+    if (!all)
+        return pd_fail(ENOMEM, "no memory"), NULL;
+    all->core = core;
+    all->listener.fd = -1;
+    all->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    all->cpus = options->cpus, all->num_cpus = options->num_cpus;
+    pthread_mutex_init(&all->lock, NULL);
+    int wanted = options->threads < TCP_LOOPS ? options->threads : TCP_LOOPS, error = 0;
+    all->loops = calloc((size_t)wanted, sizeof *all->loops);
+    if (!all->loops || getrandom(all->instance, TCP_INSTANCE, 0) != TCP_INSTANCE)
+        error = pd_fail(ENOMEM, "no memory");
+    for (; !error && all->num_loops < wanted; all->num_loops += 1)
+        error = start_loop(all, &all->loops[all->num_loops]);
+    if (!error)
+        error = tcp_listen(all, options);
+    sigset_t every, kept;
+    sigfillset(&every);
+    for (int i = 0; !error && i < all->num_loops; i++) {
+        pthread_sigmask(SIG_SETMASK, &every, &kept); /* signals are for the host's own threads */
+        error = pthread_create(&all->loops[i].thread, NULL, run_loop, &all->loops[i]);
+        pthread_sigmask(SIG_SETMASK, &kept, NULL);
+        all->loops[i].running = !error;
+        if (error)
+            pd_fail(error, "cannot start a thread: %s", strerror(error));
+    }
+    if (error) {
+        tcp_close(all);
+        return NULL;
+    }
+    return all;
+}
+
+static int tcp_describe(void *own, unsigned char *out, size_t room)
+{
+    tcp *all = own;
+    if (room < sizeof all->where)
+        return pd_fail(ENOSPC, "no room");
+    memcpy(out, &all->where, sizeof all->where);
+    return sizeof all->where;
+}
+
+const pd_backend pd_tcp = {
+    .name = "tcp",
+    .open = tcp_open,
+    .stop = tcp_stop,
+    .close = tcp_close,
+    .describe = tcp_describe,
+    .publish = tcp_publish,
+    .grant = tcp_grant,
+    .revoke = tcp_revoke,
+    .can_reach = tcp_can_reach,
+    .dial = tcp_dial,
+    .disconnect = tcp_disconnect,
+    .wake = tcp_wake,
+};
