@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast native-test lint sim clean
+.PHONY: help venv demo test test-fast native-test fuzz lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -34,6 +34,13 @@ native-test: ## the C code without Python under the address, undefined-behaviour
 		$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
 			-fsanitize=$$sanitizer -pthread tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
 			-o build/stress-$$sanitizer && timeout 600 build/stress-$$sanitizer || exit 1; done
+
+fuzz: ## mutated messages at both ends of the tcp backend, under the sanitizers (MESSAGES=n, default 1000000; SEED=k)
+	@mkdir -p build
+	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
+		-fsanitize=address,undefined -pthread tests/native/fuzz_tcp.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
+		-o build/fuzz-tcp
+	@build/fuzz-tcp $(or $(MESSAGES),1000000) $(or $(SEED),1)
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test
 	$(BIN)/python -m ruff check .

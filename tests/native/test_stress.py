@@ -18,3 +18,12 @@ def test_stress_under_the_sanitizers() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("stress: all bytes right") == 2, done.stdout
     assert "WARNING" not in done.stderr, done.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("cc") is None, reason="NO C COMPILER: the C code is not tested here")
+def test_mutated_messages_over_tcp() -> None:
+    make = ["make", "-s", "fuzz", "MESSAGES=100000", "SEED=2"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fuzz_tcp: 100000 messages, seed 2" in done.stdout, done.stdout
