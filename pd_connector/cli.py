@@ -157,7 +157,7 @@ def _require_router() -> None:
 def _agent_config(path: Path) -> Config:
     try:
         settings = json.loads(_read(path, "--config"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f'--config {path}: write one JSON object, such as {{"port": 0}}')

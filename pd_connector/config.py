@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
+import zmq
 from msgspec import Meta
 
 from pd_connector.errors import ConfigError
@@ -21,6 +23,10 @@ MAX_MODEL = 256
 """Characters; the bound of every name in the protocol."""
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Cpu = Annotated[int, Meta(ge=0, lt=1024)]
+"""What a CPU set of the C library can name."""
+_Z85 = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#")
+_HOST = re.compile(r"[0-9A-Za-z._:%-]{0,255}")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,7 +64,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     transport_options: dict[str, dict[str, Any]] = {}
     audit: bool = False
     model: str = ""
-    io_cpus: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    io_cpus: tuple[Cpu, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that are each possible but not together."""
@@ -85,11 +91,10 @@ def parse(settings: Mapping[str, Any], where: str = "configuration") -> Config:
 def _check(config: Config) -> None:
     if bool(config.public_key) != bool(config.secret_key):
         raise ConfigError("public_key and secret_key go together; make a pair with 'pdc keygen'")
-    for key in (config.public_key, config.secret_key, *config.allowed_keys):
-        if key and (len(key) != 40 or not key.isascii()):
-            raise ConfigError(f"a CURVE key has 40 Z85 characters, one of yours has {len(key)}; see 'pdc keygen'")
-    if config.secret_key and not config.allowed_keys:
-        raise ConfigError("with a secret_key, allowed_keys must list the public keys of the peers")
+    _check_keys(config)
+    for name, host in (("host", config.host), ("advertise", config.advertise)):
+        if not _HOST.fullmatch(host) and host != "*":
+            raise ConfigError(f"{name} {host[:80]!r} is not a host name or an address")
     if not config.secret_key and not config.insecure and not is_loopback(config.host):
         raise ConfigError(
             f"host {config.host!r} is reachable by others and no keys are set; "
@@ -99,6 +104,19 @@ def _check(config: Config) -> None:
         raise ConfigError(f"model has {len(config.model)} characters, at most {MAX_MODEL} travel to peers")
     if config.lease_cap_seconds < config.lease_seconds:
         raise ConfigError(f"lease_cap_seconds {config.lease_cap_seconds:g} is below lease_seconds")
+
+
+def _check_keys(config: Config) -> None:
+    if config.allowed_keys and not config.secret_key:
+        raise ConfigError("allowed_keys without keys of one's own would admit everybody; see 'pdc keygen'")
+    if config.secret_key and not config.allowed_keys:
+        raise ConfigError("with a secret_key, allowed_keys must list the public keys of the peers")
+    keys = [config.public_key, config.secret_key] if config.secret_key else []
+    for key in (*keys, *config.allowed_keys):
+        if len(key) != 40 or not set(key) <= _Z85:
+            raise ConfigError(f"a CURVE key has 40 Z85 characters, not {len(key)} or others; see 'pdc keygen'")
+    if config.secret_key and zmq.curve_public(config.secret_key.encode()) != config.public_key.encode():
+        raise ConfigError("public_key does not belong to secret_key; make a pair with 'pdc keygen'")
 
 
 def is_loopback(host: str) -> bool:

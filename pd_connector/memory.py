@@ -66,13 +66,15 @@ class BlockGrid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
-    """One contiguous range of registered memory. ``keepalive`` is whatever object owns the bytes."""
+    """One contiguous range of registered memory. ``keepalive`` is whatever object owns the bytes. Memory that is not
+    ``writable`` can be leased, but nothing can be pulled into it."""
 
     address: int
     length: int
     grids: tuple[BlockGrid, ...]
     kind: MemoryKind = MemoryKind.HOST
     keepalive: Any = field(default=None, repr=False)
+    writable: bool = True
 
     def __post_init__(self) -> None:
         if self.address <= 0 or self.length <= 0:

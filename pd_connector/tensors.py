@@ -27,6 +27,7 @@ class _Described:
     storage: tuple[int, int]
     kind: MemoryKind
     owner: Any
+    writable: bool = True
 
 
 def to_regions(layers: Mapping[str, Any] | Sequence[Any], groups: Mapping[str, int] | None = None) -> list[Region]:
@@ -45,8 +46,7 @@ def to_regions(layers: Mapping[str, Any] | Sequence[Any], groups: Mapping[str, i
             grids.setdefault(described.storage, []).append(grid)
             first.setdefault(described.storage, described)
     return [
-        Region(storage[0], storage[1], tuple(grids[storage]), first[storage].kind, first[storage].owner)
-        for storage in grids
+        Region(*storage, tuple(grids[storage]), one.kind, one.owner, one.writable) for storage, one in first.items()
     ]
 
 
@@ -89,6 +89,7 @@ def _describe(tensor: Any, name: str) -> _Described:
             base = base.base
         return _Described(
             address=int(tensor.__array_interface__["data"][0]),
+            writable=not tensor.__array_interface__["data"][1],
             shape=tuple(tensor.shape),
             strides=tuple(tensor.strides),
             itemsize=int(tensor.itemsize),

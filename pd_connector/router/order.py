@@ -89,7 +89,7 @@ def _choice(path: str, body: dict[str, Any], prompt: Any, i: int) -> Choice:
         own["prompt"] = prompt
     if type(body.get("seed")) is int:
         # One seed for all would make all choices of a prompt the same; vLLM adds the index as well.
-        own["seed"] = body["seed"] + i
+        own["seed"] = (body["seed"] + i) % 2**64
     return Choice(path, own)
 
 

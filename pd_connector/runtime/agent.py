@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections import Counter, deque
@@ -12,20 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from pd_connector.config import Config
-from pd_connector.errors import LocalProtocolError, TransferFailed
+from pd_connector.errors import LocalProtocolError
 from pd_connector.layout import KVLayout
 from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
-from pd_connector.plan import CopyPlan, block_ids, plan_blocks, split_layers
+from pd_connector.plan import CopyPlan, plan_blocks, split_layers
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
 from pd_connector.protocol.messages import CAPABILITY_BYTES, DIGEST_BYTES, MAX_FRAME, Endpoint
 from pd_connector.protocol.ticket import Ticket
+from pd_connector.runtime.arguments import block_groups, check_bytes, check_count, check_seconds
 from pd_connector.runtime.courier import Courier
 from pd_connector.runtime.digest import digest_blocks
+from pd_connector.runtime.outcome import patiently, stats_of
 from pd_connector.runtime.side_channel import SideChannel
 from pd_connector.tensors import describe_grids, to_regions
 
@@ -67,6 +66,7 @@ class Agent:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="pdc-background")
         self._populator = ThreadPoolExecutor(1, thread_name_prefix="pdc-populate")
         self._last_lease = 0
+        self._read_only = ""  # a region that is
         self._closing = self._closed = False
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -88,7 +88,12 @@ class Agent:
         if self._closing or self.address:
             raise LocalProtocolError(f"agent {self.name} was started before: make a new one")
         self._loop = asyncio.get_running_loop()
-        self._side_channel.start()
+        try:
+            self._side_channel.start()
+        except BaseException:
+            self._closing = self._closed = True
+            self._side_channel.close()()
+            raise
 
     async def drain(self, seconds: float | None = None) -> bool:
         """Take nothing new and wait until nothing is leased or being read; False when ``seconds`` (default
@@ -165,9 +170,10 @@ class Agent:
             raise LocalProtocolError("memory is registered already; close this agent and make a new one")
         if layers is None or not len(layers):
             raise LocalProtocolError("no memory to register: give at least one tensor, array or Region")
-        given = list(layers) if isinstance(layers, list | tuple) else layers
-        regions = given if isinstance(given, list) and isinstance(given[0], Region) else to_regions(given)
+        plain = isinstance(layers, list | tuple) and isinstance(layers[0], Region)
+        regions = list(layers) if plain else to_regions(layers)
         self._grids = order_grids(regions)
+        self._read_only = next((str(region) for region in regions if not region.writable), "")
         self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
         for region in regions:
             self._populator.submit(region.populate, lambda: not self._closing)
@@ -193,7 +199,9 @@ class Agent:
 
         The blocks must not change until the lease has ended (``lease_ended``). Raises LocalProtocolError.
         """
-        groups = _groups(blocks)
+        groups = block_groups(blocks)
+        check_count("tokens", tokens)
+        check_bytes("key", key)
         self._last_lease += 1
         ticket = Ticket(
             address=self.address,
@@ -214,8 +222,8 @@ class Agent:
         Lease numbers must ascend. Raises LocalProtocolError."""
         self._check_open()
         ticket.check()
-        if seconds is not None and not 0 < seconds < float("inf"):
-            raise LocalProtocolError(f"a lease of {seconds} seconds: it must be positive and finite")
+        check_seconds("a lease", seconds)
+        check_count("readers", readers)
         for group, ids in enumerate(ticket.blocks):
             limit = min((ref.grid.num_blocks for ref in self._grids if ref.grid.group == group), default=0)
             if self._courier is not None and ids and max(ids) >= limit:
@@ -275,19 +283,22 @@ class Agent:
         ``partial`` as many as ids are given. Raises LocalProtocolError for ids that do not fit."""
         if self._courier is None:
             raise LocalProtocolError("register memory before pulling into it")
-        if skip_blocks < 0:
-            raise LocalProtocolError(f"skip_blocks must not be negative, got {skip_blocks}")
-        parts = self._plan(ticket, _groups(blocks), skip_blocks, partial, by_layer)
+        check_count("skip_blocks", skip_blocks)
+        check_seconds("a pull", timeout)
+        if self._read_only:
+            raise LocalProtocolError(f"{self._read_only} is registered read-only memory: nothing can be pulled into it")
+        parts = self._plan(ticket, block_groups(blocks), skip_blocks, partial, by_layer)
         if self.config.audit:
             most = max(plan.num_blocks * len(plan.patterns) for plan in parts)
             if most * DIGEST_BYTES > MAX_FRAME // 2:
                 raise LocalProtocolError(f"audit of {most} digests does not fit one frame; pull fewer blocks at a time")
         number = self.core.new_id()
         self._pulls[number] = (on_end or _ignore, on_part or _ignore)
-        timeout = timeout or self.config.transfer_timeout_seconds
+        timeout = self.config.transfer_timeout_seconds if timeout is None else timeout
         try:
-            audit, terms = self.config.audit, ticket.terms()
-            self._handle(ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, audit, terms))
+            self._handle(
+                ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit, ticket.terms())
+            )
         except LocalProtocolError:
             del self._pulls[number]
             raise
@@ -319,10 +330,10 @@ class Agent:
         future: asyncio.Future[ev.TransferEnded] = self._loop.create_future()
         number = self.start_pull(ticket, blocks, on_end=future.set_result, **options)
         try:
-            return _stats_of(await asyncio.shield(future))
+            return stats_of(await asyncio.shield(future))
         except asyncio.CancelledError:
             self.abort(number, "the pull was cancelled")
-            await _patiently(future)
+            await patiently(future)
             raise
 
     async def pull_layers(
@@ -347,9 +358,9 @@ class Agent:
         finally:
             if isinstance(item, int):
                 self.abort(number, "the caller stopped taking layers")
-                await _patiently(over)
+                await patiently(over)
                 item = over.result()
-        _stats_of(item)
+        stats_of(item)
 
     def release(self, ticket: Ticket, *, whole: bool = False) -> None:
         """Tell the owner that this reader (``whole``: nobody) will read under the ticket."""
@@ -476,25 +487,5 @@ class Agent:
             self._on_note(note)
 
 
-def _groups(blocks: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Block ids per KV cache group, from a list of ids or a list of such lists."""
-    nested = len(blocks) > 0 and isinstance(blocks[0], Sequence | np.ndarray) and not isinstance(blocks[0], str)
-    groups: Any = blocks if nested else [blocks]
-    return tuple(tuple(block_ids(group, "given").tolist()) for group in groups)
-
-
-async def _patiently(future: asyncio.Future[ev.TransferEnded]) -> None:
-    """Wait for the end even when cancelled again: until then somebody may write into the destination."""
-    while not future.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([future])
-
-
 def _ignore(_: object) -> None:
     pass
-
-
-def _stats_of(note: ev.TransferEnded) -> ev.TransferStats:
-    if note.outcome == "done":
-        return note.stats
-    raise TransferFailed(str(note.error), note.failed_blocks) from note.error

@@ -15,11 +15,13 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
+from pd_connector.config import Cpu
 from pd_connector.errors import LocalProtocolError, TransportUnavailable
 from pd_connector.memory import MemoryKind, Pool, Region, native, order_grids, pool_at
 from pd_connector.plan import CopyPlan
@@ -31,6 +33,7 @@ _STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, 
 _REGION = struct.Struct("=QQiIQQ")
 _GRID = struct.Struct("=IIQQQQ")
 _PATTERN = struct.Struct("=5Q")
+Threads = Annotated[int, Meta(ge=0, le=64)]
 _NEVER = 0
 """A peer number that C never saw."""
 
@@ -39,14 +42,14 @@ class NativeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``threads`` that copy for this agent's reads (0: two, or one where they have one processor), ``cpus`` they run on
     (default: all this process may use)."""
 
-    threads: int = 0
-    cpus: tuple[int, ...] = ()
+    threads: Threads = 0
+    cpus: tuple[Cpu, ...] = ()
 
 
 class TcpOptions(Listening, frozen=True, forbid_unknown_fields=True):
     """``threads`` of this agent, and so connections to every peer (0: two, or one where they have one processor)."""
 
-    threads: int = 0
+    threads: Threads = 0
 
 
 class NativeTransport(Transport):

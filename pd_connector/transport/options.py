@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from pd_connector.config import Cpu
 from pd_connector.errors import ConfigError
 
 Options = TypeVar("Options", bound=msgspec.Struct)
@@ -20,7 +21,7 @@ class Listening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 0
     advertise: str = ""
-    cpus: tuple[int, ...] = ()
+    cpus: tuple[Cpu, ...] = ()
 
 
 L = TypeVar("L", bound=Listening)

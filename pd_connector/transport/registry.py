@@ -34,6 +34,8 @@ def load(name: str) -> type[Transport]:
     """The class of a transport. Raises ConfigError for an unknown name, TransportUnavailable when it cannot load."""
     value = known().get(name)
     if value is None:
+        if name == "auto":
+            raise ConfigError("'auto' stands alone: write transport \"auto\", or the names of the only ones to use")
         near = difflib.get_close_matches(name, known(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known()))}"
         raise ConfigError(f"there is no transport {name!r}: {hint}")

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 START_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 10.0
+SOCKETS = 8192
+"""libzmq needs three for a peer; its default, 1023, ends at 340 of them. The bound on peers is the protocol's."""
 
 
 class ZmqTransport(Transport):
@@ -181,6 +183,7 @@ class ZmqTransport(Transport):
     def _main(self, started: Future[None]) -> None:
         _set_affinity(self._options.cpus)  # before the first socket: libzmq's threads inherit it
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context.set(zmq.MAX_SOCKETS, SOCKETS)
         try:
             poller = zmq.Poller()
             bind = _endpoint(self._options.host, self._options.port)

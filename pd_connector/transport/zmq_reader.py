@@ -6,6 +6,7 @@ ended is therefore quiet at once: answers that still arrive for it are dropped.
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 from collections import deque
@@ -278,7 +279,9 @@ class Reader:
         try:
             link = self._dial(peer.where.endpoint)
         except zmq.ZMQError as error:
-            self._lose(peer, Status.PEER_LOST, f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}")
+            remedy = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+            detail = f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}{remedy}"
+            self._lose(peer, Status.PEER_LOST, detail)
             return None
         peer.link = link
         self._handlers[link.socket] = lambda: self._guard(self._on_answer, peer, link)

@@ -110,6 +110,20 @@ def test_what_should_work_here_and_does_not_start_is_an_error_even_with_auto() -
     assert threading.active_count() == threads
 
 
+@pytest.mark.parametrize("name", ["zmq", *NATIVE])
+@pytest.mark.parametrize(
+    "option", [{"cpus": [-1]}, {"cpus": [2**40]}, {"cpus": [1024]}, {"threads": -1}, {"threads": 2**40}]
+)
+def test_processors_and_threads_that_cannot_be(name: str, option: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"threads|cpus"):
+        registry.start(name, "a", {name: option})
+
+
+def test_auto_is_not_a_transport_among_others() -> None:
+    with pytest.raises(ConfigError, match="'auto' stands alone"):
+        registry.start(["auto"], "a", {})
+
+
 def test_choose_gives_a_reason_for_every_other_one() -> None:
     wanted = ["inproc", "zmq"]
     with started(wanted, "a", {}) as (ours, _), started(wanted, "b", {}) as (theirs, _):

@@ -86,6 +86,12 @@ def test_batch_and_n_become_single_choices_in_index_order():
     ]
 
 
+def test_seeds_go_round_at_the_end_of_what_json_can_carry():
+    body = {"prompt": "p", "n": 2, "seed": 2**64 - 1}
+    choices = parse(COMPLETIONS, json.dumps(body).encode(), 128).choices
+    assert [json.loads(choice.prefill_body())["seed"] for choice in choices] == [2**64 - 1, 0]
+
+
 def test_prefill_body_asks_for_one_token_and_a_ticket():
     body = {"prompt": "p", "max_tokens": 50, "min_tokens": 9, "stream": True, "stream_options": {"include_usage": True}}
     choice = parse(COMPLETIONS, json.dumps(body).encode(), 128).choices[0]

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from pd_connector import Agent, Config, ConfigError, LocalProtocolError, Ticket, TransferFailed
 from pd_connector.errors import LayoutMismatch, LeaseExpired, PeerLost
@@ -368,7 +369,8 @@ def test_tickets_keep_their_capability_out_of_logs() -> None:
     assert "secret" not in repr(ticket)
     assert b"secret".hex() not in repr(ticket)
     assert Ticket.from_bytes(ticket.to_bytes()) == ticket
-    assert "KEY" not in repr(Config(public_key="p" * 40, secret_key="KEY" + "s" * 37, allowed_keys=("a" * 40,)))
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    assert secret not in repr(Config(public_key=public, secret_key=secret, allowed_keys=(public,)))
 
 
 @pytest.mark.parametrize("blocks", [[-1], [1.5], ["a"], [[1], "b"], [2**40], [[[1]]]])

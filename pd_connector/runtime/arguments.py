@@ -1,0 +1,39 @@
+"""Arguments of the public API, checked before anything happens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pd_connector.errors import LocalProtocolError
+from pd_connector.plan import block_ids
+
+
+def check_seconds(what: str, seconds: object) -> None:
+    """Raises LocalProtocolError unless it is None or a time."""
+    if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+        raise LocalProtocolError(f"{what} of {seconds!r} seconds: it must be positive and finite")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises LocalProtocolError unless it is a whole number from 0 on."""
+    if type(value) is not int or value < 0:
+        raise LocalProtocolError(f"{name} must be a whole number from 0 on, got {value!r}")
+
+
+def check_bytes(name: str, value: object) -> None:
+    """Raises LocalProtocolError unless it is bytes."""
+    if not isinstance(value, bytes):
+        raise LocalProtocolError(f"{name} must be bytes, got {value!r}")
+
+
+def block_groups(blocks: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Block ids per KV cache group, from a list of ids or a list of such lists. Raises LocalProtocolError."""
+    if not isinstance(blocks, Sequence | np.ndarray):
+        raise LocalProtocolError(f"blocks must be a list of ids or of such lists, got {type(blocks).__name__}")
+    nested = len(blocks) > 0 and isinstance(blocks[0], Sequence | np.ndarray) and not isinstance(blocks[0], str)
+    groups: Any = blocks if nested else [blocks]
+    return tuple(tuple(block_ids(group, "given").tolist()) for group in groups)
