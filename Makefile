@@ -7,11 +7,11 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast native-test fuzz lint sim clean
+.PHONY: help venv demo test test-fast native-test fuzz aarch64-test lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
-		printf '  make %-10s %s\n' "$$target" "$$text"; done
+		printf '  make %-12s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo '  VENV=path (default .venv) and PYTHON=python3 choose the virtual environment and what it is made with.'
 
@@ -41,6 +41,12 @@ fuzz: ## mutated messages at both ends of the tcp backend, under the sanitizers 
 		-fsanitize=address,undefined -pthread tests/native/fuzz_tcp.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
 		-o build/fuzz-tcp
 	@build/fuzz-tcp $(or $(MESSAGES),1000000) $(or $(SEED),1)
+
+aarch64-test: ## the C code built for aarch64 and run under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
+	@mkdir -p build
+	@aarch64-linux-gnu-gcc -D_GNU_SOURCE -std=c11 -O2 -Wall -Wextra -Wshadow -Werror -static -pthread \
+		tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) -o build/stress-aarch64
+	@qemu-aarch64 build/stress-aarch64 pooled tcp
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test
 	$(BIN)/python -m ruff check .

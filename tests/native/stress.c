@@ -289,10 +289,17 @@ static void stopped(bool pooled)
     munmap(reader.bytes, WHOLE);
 }
 
-int main(void)
+/* stress [foreign] [pooled] [tcp]: all of them when none is named. */
+int main(int count, char **words)
 {
+    static const char *const names[] = {"foreign", "pooled", "tcp"};
     copiers();
     for (int round = 0; round < 3; round++) {
+        bool named = count == 1;
+        for (int i = 1; i < count; i++)
+            named |= !strcmp(words[i], names[round]);
+        if (!named)
+            continue;
         backend = round < 2 ? "shm" : "tcp";
         stopped(round == 1);
         killed(round == 1);

@@ -274,4 +274,6 @@ def test_a_completion_that_comes_twice(engine: Callable[..., Any], tmp_path: Pat
         prompt = words(100, seed)
         assert pair.decode_all(f"r{seed}", prompt, pair.ticket(f"r{seed}", prompt)) == reference(prompt, 3)
     pair.settle()
-    assert pair.decode.worker.worker._agent.counters()["late_events"] == 3
+    agent = pair.decode.worker.worker._agent
+    pair.until(lambda: agent.counters()["late_events"] >= 3)  # the last duplicate may come behind everything else
+    assert agent.counters()["late_events"] == 3
