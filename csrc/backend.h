@@ -40,7 +40,7 @@ typedef struct pd_backend {
     void *(*open)(pd_transport *core, const pd_options *options);
     void (*close)(void *own);
     int (*describe)(void *own, unsigned char *out, size_t room);
-    /* Owner's side, one call at a time. The memory stays until the transport is closed if `retain`ed. */
+    /* Owner's side, one call at a time. A backend keeps the memory with pd_retain, if it needs it. */
     int (*publish)(void *own, pd_memory *memory);
     int (*grant)(void *own, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups);
     void (*revoke)(void *own, uint64_t number, uint64_t epoch);
@@ -71,6 +71,7 @@ void pd_dialled(pd_transport *core, uint64_t peer, pd_status status, const char 
 void pd_lost(pd_transport *core, uint64_t peer, const char *words);
 void pd_retain(pd_memory *memory);
 void pd_release(pd_memory *memory);
+void pd_pin(const int *cpus, size_t num_cpus); /* the calling thread, to them; to all that there are if none */
 
 extern const pd_backend pd_shm, pd_tcp;
 

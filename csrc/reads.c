@@ -290,17 +290,22 @@ static void connect_peer(pd_transport *transport, op *each)
     dialled(transport, owner, !known ? PD_CANCELLED : own ? PD_DONE : PD_PEER_LOST, known ? pd_last_error() : "disconnected");
 }
 
+void pd_pin(const int *cpus, size_t num_cpus)
+{
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    /* Leave the one core that an engine may have pinned its threads to; the kernel keeps what the cpuset allows. */
+    for (size_t i = 0; i < num_cpus; i++)
+        CPU_SET((unsigned)cpus[i] % CPU_SETSIZE, &set);
+    for (int i = 0; !num_cpus && i < CPU_SETSIZE; i++)
+        CPU_SET(i, &set);
+    sched_setaffinity(0, sizeof set, &set);
+}
+
 static void *run_thread(void *argument)
 {
     pd_transport *transport = argument;
-    cpu_set_t cpus;
-    CPU_ZERO(&cpus);
-    /* Leave the one core that an engine may have pinned its threads to; the kernel keeps what the cpuset allows. */
-    for (size_t i = 0; i < transport->options.num_cpus; i++)
-        CPU_SET((unsigned)transport->cpus[i] % CPU_SETSIZE, &cpus);
-    for (int i = 0; !transport->options.num_cpus && i < CPU_SETSIZE; i++)
-        CPU_SET(i, &cpus);
-    sched_setaffinity(0, sizeof cpus, &cpus);
+    pd_pin(transport->cpus, transport->options.num_cpus);
     pd_piece *pieces = calloc(PD_SLICE_PIECES, sizeof *pieces);
     pthread_mutex_lock(&transport->lock);
     while (!transport->stop) {

@@ -6,7 +6,6 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,22 +59,10 @@ void tcp_wake(void *own)
             ;
 }
 
-static void pin(const tcp *all)
-{
-    cpu_set_t cpus;
-    CPU_ZERO(&cpus);
-    /* Leave the one core that an engine may have pinned its threads to; the kernel keeps what the cpuset allows. */
-    for (size_t i = 0; i < all->num_cpus; i++)
-        CPU_SET((unsigned)all->cpus[i] % CPU_SETSIZE, &cpus);
-    for (int i = 0; !all->num_cpus && i < CPU_SETSIZE; i++)
-        CPU_SET(i, &cpus);
-    sched_setaffinity(0, sizeof cpus, &cpus);
-}
-
 static void *run_loop(void *argument)
 {
     loop *each = argument;
-    pin(each->tcp);
+    pd_pin(each->tcp->cpus, each->tcp->num_cpus);
     struct epoll_event events[64];
     while (!atomic_load(&each->tcp->stop)) {
         int64_t first = lanes_deadline(each), second = connections_deadline(each), now = tcp_now_ms();

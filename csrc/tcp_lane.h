@@ -25,7 +25,6 @@ typedef struct {
     atomic_int pending; /* lanes that have not been greeted yet */
     atomic_bool lost, gone; /* given up by a lane; the core wants it no more */
     tcp_where where;
-    char name[64];
 } peer;
 
 typedef enum { CONNECTING, GREETING, OPEN, CLOSED } lane_state;
