@@ -33,7 +33,7 @@ from pd_connector.demo.model import WIDE_KV, build_model
 BLOCK_TOKENS = 128
 SPARE_BLOCKS = 8
 """Beyond one request's. With a big cache every request gets blocks that nobody touched for a minute, to which first
-writes ran at 2.4 to 3.4 GB/s here instead of 26, whoever made them (a virtual machine; its host is the likely cause)."""
+writes ran at 2.4 to 3.4 GB/s here instead of 26, whoever made them (a virtual machine: its host may be the cause)."""
 READY_SECONDS = 600.0
 
 
