@@ -38,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_demo(commands)
     _add_router(commands)
+    _add_doctor(commands)
+    _add_bench(commands)
     _add_keygen(commands)
     return parser
 
@@ -169,6 +171,78 @@ def _read(path: Path, option: str) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option} {path} cannot be read: {error}") from None
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _add_doctor(commands: Any) -> None:
+    words = "find out what works on this host, or between it and a running agent, by trying it"
+    doctor = commands.add_parser(
+        "doctor",
+        help=words,
+        description=words,
+        epilog="Exit status: 0 ok or warnings, 1 a check failed, 2 could not run.",
+    )
+    doctor.add_argument(
+        "address", nargs="?", metavar="ADDRESS", help="HOST:PORT or tcp://HOST:PORT#KEY of an agent; default: this host"
+    )
+    doctor.add_argument("--serve", action="store_true", help="offer test memory to doctors elsewhere until Ctrl-C")
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="JSON agent settings: keys, transport, host, ...")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--no-measure", action="store_true", help="connect only, read nothing")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    config = Config() if arguments.config is None else _agent_config(arguments.config)
+    if arguments.serve:
+        return _serve_doctor(arguments, config)
+    measure = not arguments.no_measure
+    if arguments.address is None:
+        from pd_connector.doctor import host
+
+        report = host.examine(config, arguments.config, measure=measure)
+    else:
+        from pd_connector.doctor import peer
+
+        report = peer.examine(config, arguments.address, measure=measure)
+    print(report.as_json() if arguments.json else report.as_text())
+    return int(report.failed)
+
+
+def _serve_doctor(arguments: argparse.Namespace, config: Config) -> int:
+    from pd_connector.doctor.server import serve_until_signal
+
+    if arguments.address is not None or arguments.no_measure:
+        raise ConfigError("--serve takes neither an address nor --no-measure: run the doctor that measures elsewhere")
+
+    def listening(address: str) -> None:
+        keys = " --config FILE" if config.secret_key else ""
+        print(json.dumps({"address": address}) if arguments.json else f"pdc doctor {address}{keys}", flush=True)
+
+    asyncio.run(serve_until_signal(config, listening))
+    return 0
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    from pd_connector.bench.arguments import add_arguments
+
+    bench = commands.add_parser("bench", help="measure this machine and what stands on it")
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="subject")
+    words = "move scattered blocks between two processes, beside the speed of the machine's own copies"
+    transfer = subjects.add_parser("transfer", help=words, description=words)
+    add_arguments(transfer)
+    transfer.set_defaults(run=_bench_transfer)
+
+
+def _bench_transfer(arguments: argparse.Namespace) -> int:
+    from pd_connector.bench.command import run
+
+    return run(arguments)
 
 
 # --- keygen -----------------------------------------------------------------------------------------------------------

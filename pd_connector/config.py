@@ -134,3 +134,9 @@ def engine_host_ip() -> str:
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with additions, for processes that we start."""
     return {**os.environ, **extra}
+
+
+def vllm_plugins() -> tuple[str, ...] | None:
+    """The plugins that vLLM was told to load, or None for all of them; it splits the variable in the same way."""
+    names = os.environ.get("VLLM_PLUGINS")
+    return None if names is None else tuple(names.split(","))

@@ -42,8 +42,13 @@ def list_of_plants(words: list[str]) -> None:
     assert make(words[1:]).split() == list(PLANTS)
 
 
+def doctor(words: list[str]) -> None:
+    assert "every byte is right" in run(sys.executable, "-m", "pd_connector.cli", *words[1:])
+
+
 RUN: dict[str, Callable[[list[str]], None]] = {
     "pdc keygen --json": keygen,
+    "pdc doctor": doctor,
     "make -s sim PLANT=list": list_of_plants,
 }
 
@@ -61,6 +66,8 @@ NOT_RUN: list[tuple[str, str]] = [
     (r"vllm serve MODEL .*", "starts a server: tests/vllm does, with these settings"),
     (r"VLLM_CPU_\S+ .* --model MODEL .*", "starts a server: tests/vllm does, with these settings"),
     (r"pdc router --prefill .*", "serves until it is stopped: tests/router and tests/demo start it"),
+    (r"pdc doctor --serve( --config \S+)?", "serves until it is stopped: tests/runtime/test_doctor.py starts it"),
+    (r"pdc doctor tcp://\S+( --config \S+)?", "needs a peer: tests/runtime/test_doctor.py has some"),
     (r"curl http://127\.0\.0\.1:8000/v1/completions .*", "needs the servers: tests/demo sends such requests"),
     (r"curl -s http://127\.0\.0\.1:8200/metrics .*", "needs the servers: tests/demo reads the same page"),
 ]
@@ -97,8 +104,8 @@ def test_make_knows_it(text: str) -> None:
     make(shlex.split(text)[1:], "-n")
 
 
-@pytest.mark.parametrize("text", unique("pdc router"))
-def test_router_options_parse(text: str) -> None:
+@pytest.mark.parametrize("text", [*unique("pdc router"), *unique("pdc doctor")])
+def test_options_parse(text: str) -> None:
     _parser().parse_args(shlex.split(text)[1:])
 
 
