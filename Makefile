@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast native-test fuzz aarch64-test lint sim clean
+.PHONY: help venv demo test test-fast native-test fuzz aarch64-test leak-test lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -47,6 +47,9 @@ aarch64-test: ## the C code built for aarch64 and run under qemu-user (Debian: g
 	@aarch64-linux-gnu-gcc -D_GNU_SOURCE -std=c11 -O2 -Wall -Wextra -Wshadow -Werror -static -pthread \
 		tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) -o build/stress-aarch64
 	@qemu-aarch64 build/stress-aarch64 pooled tcp
+
+leak-test: venv ## owners killed before, while and after they are read from: nothing stays behind (CYCLES=n, default 1000)
+	@CYCLES=$(or $(CYCLES),1000) $(BIN)/python -m pytest -s tests/conformance/test_leaks.py
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test
 	$(BIN)/python -m ruff check .

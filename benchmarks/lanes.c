@@ -2,9 +2,9 @@
  * scattered chunks straight from memory and receive them straight into other scattered places, with no protocol at all.
  * The receiving process prints GB/s, and the CPU seconds per GB of both.
  *
- *     lanes CHUNK_BYTES CHUNKS ADDRESS [NETNS]
+ *     lanes CHUNK_BYTES CHUNKS PIN(0|1) ADDRESS [NETNS]
  *
- * The sender listens at ADDRESS, in the network namespace whose file is NETNS where one is given. */
+ * With PIN both threads of a lane stay on one processor. The sender listens at ADDRESS, in the network namespace whose file is NETNS where one is given. */
 
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -24,6 +24,7 @@
 enum { LANES = 2, IOVECS = 1024, CALL_BYTES = 1 << 20 };
 
 static size_t chunk, chunks;
+static int pin;
 static unsigned char *memory;
 static size_t *order;
 
@@ -42,6 +43,12 @@ static void die(const char *what)
 static void *run(void *argument)
 {
     lane *each = argument;
+    if (pin) {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(each->first ? 1 : 0, &set);
+        sched_setaffinity(0, sizeof set, &set);
+    }
     for (size_t at = each->first; at < each->last;) {
         struct iovec vector[IOVECS];
         size_t count = 0, bytes = 0;
@@ -133,15 +140,15 @@ static void sender(struct sockaddr_in *address, const char *space, int tell)
 int main(int count, char **words)
 {
     struct sockaddr_in address = {.sin_family = AF_INET};
-    if (count < 4 || inet_pton(AF_INET, words[3], &address.sin_addr) != 1)
-        return fprintf(stderr, "usage: lanes CHUNK_BYTES CHUNKS ADDRESS [NETNS]\n"), 2;
-    chunk = strtoul(words[1], NULL, 10), chunks = strtoul(words[2], NULL, 10);
+    if (count < 5 || inet_pton(AF_INET, words[4], &address.sin_addr) != 1)
+        return fprintf(stderr, "usage: lanes CHUNK_BYTES CHUNKS PIN ADDRESS [NETNS]\n"), 2;
+    chunk = strtoul(words[1], NULL, 10), chunks = strtoul(words[2], NULL, 10), pin = atoi(words[3]);
     srand((unsigned)time(NULL));
     int pipes[2], fds[LANES];
     if (pipe(pipes))
         die("pipe");
     if (!fork())
-        sender(&address, count > 4 ? words[4] : NULL, pipes[1]);
+        sender(&address, count > 5 ? words[5] : NULL, pipes[1]);
     close(pipes[1]);
     prepare();
     if (read(pipes[0], &address, sizeof address) != sizeof address)

@@ -71,7 +71,7 @@ void pd_dialled(pd_transport *core, uint64_t peer, pd_status status, const char 
 void pd_lost(pd_transport *core, uint64_t peer, const char *words);
 void pd_retain(pd_memory *memory);
 void pd_release(pd_memory *memory);
-void pd_pin(const int *cpus, size_t num_cpus); /* the calling thread, to them; to all that there are if none */
+void pd_pin(const pd_options *options, int index); /* the calling thread, which is the index-th, to its processors */
 
 extern const pd_backend pd_shm, pd_tcp;
 

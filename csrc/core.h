@@ -76,6 +76,7 @@ struct pd_transport {
     int *cpus;
     pthread_t threads[MAX_THREADS];
     int running;
+    atomic_int started;
 };
 
 /* plan.c */

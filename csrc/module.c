@@ -6,6 +6,7 @@
 
 #include "pd.h"
 
+#include <errno.h>
 #include <stdbool.h>
 #include <string.h>
 
@@ -56,8 +57,8 @@ static PyObject *open_(PyObject *self, PyObject *args)
     const char *backend;
     Py_buffer cpus;
     pd_options options = {0};
-    if (!PyArg_ParseTuple(args, "siy*ssi:open", &backend, &options.threads, &cpus, &options.host, &options.advertise,
-                          &options.port))
+    if (!PyArg_ParseTuple(args, "siy*pssi:open", &backend, &options.threads, &cpus, &options.pin, &options.host,
+                          &options.advertise, &options.port))
         return NULL;
     options.cpus = cpus.buf;
     options.num_cpus = (size_t)cpus.len / sizeof(int);
@@ -279,9 +280,41 @@ static PyObject *poll_(PyObject *self, PyObject *args)
     return list;
 }
 
+static PyObject *copiers(PyObject *self, PyObject *none)
+{
+    (void)self, (void)none;
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list && i < pd_copier_count(); i++) {
+        const char *name = pd_copier_name(i);
+        PyObject *word = name ? PyUnicode_FromString(name) : NULL;
+        if (name && (!word || PyList_Append(list, word)))
+            Py_CLEAR(list);
+        Py_XDECREF(word);
+    }
+    return list;
+}
+
+static PyObject *limits(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_ssize_t chunk, chunks;
+    int huge, error;
+    double found[4];
+    if (!PyArg_ParseTuple(args, "nnp:limits", &chunk, &chunks, &huge))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    error = chunk > 0 && chunks > 0 ? pd_limits((size_t)chunk, (size_t)chunks, huge, found) : -EINVAL;
+    Py_END_ALLOW_THREADS
+    if (error)
+        return PyErr_Format(PyExc_RuntimeError, "no limits of %zd chunks of %zd bytes: %s", chunks, chunk, strerror(-error));
+    return Py_BuildValue("dddd", found[0], found[1], found[2], found[3]);
+}
+
 static PyMethodDef methods[] = {
     {"copy", copy, METH_VARARGS, "copy(dst, src): bytes between contiguous buffers of one length that do not overlap."},
-    {"open", open_, METH_VARARGS, "open(backend, threads, cpus as ints, host, advertise, port) -> handle"},
+    {"copiers", copiers, METH_NOARGS, "copiers() -> names of those that run on this processor, best first"},
+    {"limits", limits, METH_VARARGS, "limits(chunk, chunks, huge) -> GB/s (memcpy by 1, 2 threads; streaming by 1, 2)"},
+    {"open", open_, METH_VARARGS, "open(backend, threads, cpus as ints, pin, host, advertise, port) -> handle"},
     {"close", close_, METH_O, "close(handle)"},
     {"fileno", fileno_, METH_O, "fileno(handle) -> int"},
     {"describe", describe, METH_O, "describe(handle) -> bytes"},

@@ -16,6 +16,10 @@ int pd_copier_count(void);
 const char *pd_copier_name(int index);
 void pd_copy_with(int index, void *dst, const void *src, size_t bytes);
 
+/* GB/s of `chunks` copies from random places to random places, `chunk` bytes each: by one and by two threads with
+ * memcpy, then the same with pd_copy. Takes 4 * chunk * chunks bytes of fresh memory. For benchmarks. */
+int pd_limits(size_t chunk, size_t chunks, int huge, double out[4]);
+
 /* --- transports ---------------------------------------------------------------------------------------------------
 
  * One function per method of the Python interface pd_connector.transport.base.Transport, which says what each must do.
@@ -71,6 +75,7 @@ typedef struct {
     int threads;
     const int *cpus; /* none: every processor this process may use */
     size_t num_cpus;
+    int pin; /* a thread is given one of them, in turn, instead of all */
     const char *host, *advertise; /* numeric addresses to listen at and to tell peers; of backends on the network */
     int port;                     /* 0: any free one */
 } pd_options;

@@ -290,22 +290,30 @@ static void connect_peer(pd_transport *transport, op *each)
     dialled(transport, owner, !known ? PD_CANCELLED : own ? PD_DONE : PD_PEER_LOST, known ? pd_last_error() : "disconnected");
 }
 
-void pd_pin(const int *cpus, size_t num_cpus)
+void pd_pin(const pd_options *options, int index)
 {
     cpu_set_t set;
     CPU_ZERO(&set);
     /* Leave the one core that an engine may have pinned its threads to; the kernel keeps what the cpuset allows. */
-    for (size_t i = 0; i < num_cpus; i++)
-        CPU_SET((unsigned)cpus[i] % CPU_SETSIZE, &set);
-    for (int i = 0; !num_cpus && i < CPU_SETSIZE; i++)
+    for (size_t i = 0; i < options->num_cpus; i++)
+        CPU_SET((unsigned)options->cpus[i] % CPU_SETSIZE, &set);
+    for (int i = 0; !options->num_cpus && i < CPU_SETSIZE; i++)
         CPU_SET(i, &set);
+    sched_setaffinity(0, sizeof set, &set);
+    if (!options->pin || sched_getaffinity(0, sizeof set, &set))
+        return;
+    int turn = index % CPU_COUNT(&set), cpu = 0;
+    for (; !CPU_ISSET(cpu, &set) || turn; cpu++)
+        turn -= CPU_ISSET(cpu, &set) != 0;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
     sched_setaffinity(0, sizeof set, &set);
 }
 
 static void *run_thread(void *argument)
 {
     pd_transport *transport = argument;
-    pd_pin(transport->cpus, transport->options.num_cpus);
+    pd_pin(&transport->options, atomic_fetch_add(&transport->started, 1));
     pd_piece *pieces = calloc(PD_SLICE_PIECES, sizeof *pieces);
     pthread_mutex_lock(&transport->lock);
     while (!transport->stop) {

@@ -62,7 +62,7 @@ void tcp_wake(void *own)
 static void *run_loop(void *argument)
 {
     loop *each = argument;
-    pd_pin(each->tcp->cpus, each->tcp->num_cpus);
+    pd_pin(each->tcp->options, (int)(each - each->tcp->loops));
     struct epoll_event events[64];
     while (!atomic_load(&each->tcp->stop)) {
         int64_t first = lanes_deadline(each), second = connections_deadline(each), now = tcp_now_ms();
@@ -137,7 +137,7 @@ static void *tcp_open(pd_transport *core, const pd_options *options)
     all->core = core;
     all->listener.fd = -1;
     all->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    all->cpus = options->cpus, all->num_cpus = options->num_cpus;
+    all->options = options;
     pthread_mutex_init(&all->lock, NULL);
     int wanted = options->threads < TCP_LOOPS ? options->threads : TCP_LOOPS, error = 0;
     all->loops = calloc((size_t)wanted, sizeof *all->loops);

@@ -24,6 +24,7 @@ enum {
     TCP_DEPTH = 4,          /* slices in flight per lane */
     TCP_CONNECTIONS = 1024, /* that an owner serves at once */
     TCP_IOVECS = 128,
+    TCP_BATCH = 128 << 10, /* bytes of a body that a reader wakes up for */
     TCP_PATIENCE_MS = 15000, /* without a byte where one is due */
     TCP_GREETING_MS = 10000,
     TCP_LOOPS = 16,
@@ -90,8 +91,7 @@ struct tcp {
     int spare; /* a descriptor to refuse a connection with when there are no more */
     loop *loops;
     int num_loops;
-    const int *cpus;
-    size_t num_cpus;
+    const pd_options *options;
     atomic_bool stop;
     unsigned next_loop;
     atomic_int served;

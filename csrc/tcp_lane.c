@@ -282,12 +282,25 @@ static void advance(lane *each, size_t got)
         finish(each);
 }
 
+/* Sleep until a good part of what must come is there: fewer wake-ups. */
+static void doze(lane *each)
+{
+    size_t whole = each->state == GREETING ? sizeof(greeting) : sizeof(answer);
+    size_t due = each->in_body ? each->left : whole - each->in_at;
+    int least = due < TCP_BATCH ? (int)due : TCP_BATCH;
+    if (least != each->least)
+        setsockopt(each->source.fd, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least);
+    each->least = least;
+}
+
 static void take_in(lane *each)
 {
     for (int turns = 0; each->state != CLOSED && turns < 16; turns++) { /* then the others have their turn */
         ssize_t got = receive(each);
-        if (got <= 0)
+        if (got < 0)
             return;
+        if (!got)
+            break;
         each->deadline = tcp_now_ms() + TCP_PATIENCE_MS;
         if (each->in_body) {
             advance(each, (size_t)got);
@@ -299,6 +312,8 @@ static void take_in(lane *each)
                 open_body(each);
         }
     }
+    if (each->state != CLOSED)
+        doze(each);
 }
 
 static void lane_ready(source *self, uint32_t events)

@@ -48,6 +48,7 @@ struct lane {
         answer answer;
     } in;
     size_t in_at;
+    int least; /* bytes that epoll tells of */
     bool in_body;
     uint32_t left; /* of the body */
     size_t span, span_at;

@@ -8,6 +8,8 @@ import os
 import subprocess
 from collections.abc import Iterator
 
+from pd_connector.errors import ConfigError
+
 SPACE, HERE, THERE = "pdc-bench", "10.231.7.1", "10.231.7.2"
 PATH = f"/run/netns/{SPACE}"
 CLONE_NEWNET = 0x40000000
@@ -15,7 +17,9 @@ CLONE_NEWNET = 0x40000000
 
 @contextlib.contextmanager
 def pair() -> Iterator[None]:
-    """Inside, THERE is an address in the namespace of the file PATH, which this process reaches from HERE."""
+    """Inside, THERE is an address in the namespace of the file PATH, which this process reaches from HERE.
+
+    Raises ConfigError where that cannot be made."""
     _ip(f"netns delete {SPACE}", check=False)  # of a run that was killed
     _ip(f"netns add {SPACE}")
     try:
@@ -41,4 +45,10 @@ def enter() -> None:
 
 
 def _ip(words: str, *, check: bool = True) -> None:
-    subprocess.run(["ip", *words.split()], check=check, capture_output=True)
+    try:
+        subprocess.run(["ip", *words.split()], check=check, capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        raise ConfigError("two network namespaces need the `ip` command: install iproute2") from None
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.strip() or f"exit status {error.returncode}"
+        raise ConfigError(f"`ip {words}` failed: {why}; two network namespaces need root") from None

@@ -40,16 +40,19 @@ _NEVER = 0
 
 class NativeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``threads`` that copy for this agent's reads (0: two, or one where they have one processor), ``cpus`` they run on
-    (default: all this process may use)."""
+    (default: all this process may use); with ``pin`` each of them on one, in turn."""
 
     threads: Threads = 0
     cpus: tuple[Cpu, ...] = ()
+    pin: bool = False
 
 
 class TcpOptions(Listening, frozen=True, forbid_unknown_fields=True):
-    """``threads`` of this agent, and so connections to every peer (0: two, or one where they have one processor)."""
+    """``threads`` of this agent, and so connections to every peer (0: two, or one where they have one processor);
+    ``pin`` as in NativeOptions."""
 
     threads: Threads = 0
+    pin: bool = False
 
 
 class NativeTransport(Transport):
@@ -67,7 +70,8 @@ class NativeTransport(Transport):
         threads = parsed.threads or min(2, len(parsed.cpus) or os.cpu_count() or 1)
         try:
             listen = _addresses(self.name, parsed) if isinstance(parsed, TcpOptions) else ("", "", 0)
-            self._handle = self._native.open(self.backend, threads, np.array(parsed.cpus, np.intc), *listen)
+            cpus = np.array(parsed.cpus, np.intc)
+            self._handle = self._native.open(self.backend, threads, cpus, parsed.pin, *listen)
             # Also for an agent that nobody closed: C's threads must not outlive the memory that they write to.
             self._finish = weakref.finalize(self, _close, self._native, self._handle, self._registered, self._pid)
             self._description: bytes = self._native.describe(self._handle)

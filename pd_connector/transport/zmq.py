@@ -6,6 +6,7 @@ reach it through a queue and a doorbell, completions come back through the tag b
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import secrets
@@ -37,6 +38,18 @@ START_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 10.0
 SOCKETS = 8192
 """libzmq needs three for a peer; its default, 1023, ends at 340 of them. The bound on peers is the protocol's."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEEP = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20))
+"""Where glibc's own adjustment ends once a program has freed 32 MiB in one piece (mallopt(3))."""
+
+
+def _keep_freed_memory() -> None:
+    """libzmq allocates every frame it receives. Without this, malloc gives them back to the kernel, which clears their
+    pages for the next ones: 10,000 to 40,000 page faults, a third of the time of a 235 MB read on one core."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such knobs
+    if mallopt is not None:
+        for knob, value in _KEEP:
+            mallopt(knob, value)
 
 
 class ZmqTransport(Transport):
@@ -54,6 +67,7 @@ class ZmqTransport(Transport):
         self._unusable: str | None = None
         self._stop = False
         started: Future[None] = Future()
+        _keep_freed_memory()
         # A daemon: an agent that nobody closed must not keep its process alive.
         self._thread = threading.Thread(target=self._main, args=(started,), name=f"pd-zmq-{agent}", daemon=True)
         self._thread.start()

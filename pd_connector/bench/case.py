@@ -1,0 +1,56 @@
+"""A case of the transfer benchmark: what is moved, where and how."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from pd_connector.bench.work import GRIDS
+from pd_connector.errors import ConfigError, TransportUnavailable
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``num_bytes`` is rounded down to whole blocks of all grids, at least one. Memory that is ``owned`` is a shared
+    pool, which a reader of the same host maps, ``foreign`` is any other; ``huge`` is about pages under the reader's and
+    under foreign memory. ``pin`` keeps each thread of a native transport on one processor, so that both ends of a lane
+    share it. ``veth`` are two network namespaces of this host; it needs root."""
+
+    transport: str = "shm"
+    scope: Literal["host", "veth"] = "host"
+    memory: Literal["owned", "foreign"] = "owned"
+    huge: bool = False
+    threads: int = 2
+    pin: bool = False
+    chunk_bytes: int = 65536
+    num_bytes: int = 224 << 20
+    rounds: int = 7
+
+    @property
+    def blocks(self) -> int:
+        """Per grid."""
+        return max(1, self.num_bytes // self.chunk_bytes // GRIDS)
+
+    @property
+    def chunks(self) -> int:
+        return self.blocks * GRIDS
+
+    def check(self) -> None:
+        """Raises ConfigError for numbers that cannot be."""
+        for name in ("threads", "chunk_bytes", "num_bytes", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} of a benchmark: at least 1")
+        if self.chunk_bytes % 8:
+            raise ConfigError(f"chunk_bytes {self.chunk_bytes}: give a multiple of 8")
+
+
+def options(case: Case, address: str) -> dict[str, Any]:
+    """What a transport of the case is started with; ``address`` is this end's between namespaces.
+
+    Raises TransportUnavailable for one that does not leave a process."""
+    if case.transport == "inproc":
+        raise TransportUnavailable("inproc", "it does not leave a process, and this takes two")
+    found: dict[str, Any] = {} if case.transport == "zmq" else {"threads": case.threads, "pin": case.pin}
+    if case.transport != "shm":
+        found["host"] = address if case.scope == "veth" else "127.0.0.1"
+    return found
