@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast native-test fuzz aarch64-test leak-test lint sim clean
+.PHONY: help venv demo test test-fast native-test fuzz guided-fuzz aarch64-test leak-test lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -40,7 +40,14 @@ fuzz: ## mutated messages at both ends of the tcp backend, under the sanitizers 
 	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
 		-fsanitize=address,undefined -pthread tests/native/fuzz_tcp.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
 		-o build/fuzz-tcp
-	@build/fuzz-tcp $(or $(MESSAGES),1000000) $(or $(SEED),1)
+	@build/fuzz-tcp $(or $(MESSAGES),1000000) $(or $(SEED),1) tests/native/corpus/*
+
+guided-fuzz: ## the same by clang's libFuzzer (RUNS=n, default 1000000); what it finds is kept in tests/native/corpus
+	@mkdir -p build/corpus
+	@clang -D_GNU_SOURCE -DLIBFUZZER -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread \
+		tests/native/fuzz_tcp.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) -o build/guided-fuzz-tcp
+	@build/guided-fuzz-tcp -runs=$(or $(RUNS),1000000) -max_len=4200 -timeout=30 build/corpus tests/native/corpus
+	@build/guided-fuzz-tcp -merge=1 tests/native/corpus build/corpus
 
 aarch64-test: ## the C code built for aarch64 and run under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
 	@mkdir -p build

@@ -68,6 +68,31 @@ static PyObject *open_(PyObject *self, PyObject *args)
     return error ? result(error) : PyCapsule_New(made, CAPSULE, NULL);
 }
 
+static PyObject *tcp_lanes(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer cpus;
+    pd_options options = {0};
+    int most, count;
+    double found[4];
+    if (!PyArg_ParseTuple(args, "y*i:tcp_lanes", &cpus, &most))
+        return NULL;
+    options.cpus = cpus.buf;
+    options.num_cpus = (size_t)cpus.len / sizeof(int);
+    Py_BEGIN_ALLOW_THREADS
+    count = pd_tcp_lanes(&options, most, found);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&cpus);
+    PyObject *list = count < 0 ? result(count) : PyList_New(0);
+    for (int i = 0; list && i < count; i++) {
+        PyObject *row = Py_BuildValue("id", 1 << i, found[i]);
+        if (!row || PyList_Append(list, row))
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
 static PyObject *close_(PyObject *self, PyObject *capsule)
 {
     (void)self;
@@ -315,6 +340,7 @@ static PyMethodDef methods[] = {
     {"copiers", copiers, METH_NOARGS, "copiers() -> names of those that run on this processor, best first"},
     {"limits", limits, METH_VARARGS, "limits(chunk, chunks, huge) -> GB/s (memcpy by 1, 2 threads; streaming by 1, 2)"},
     {"open", open_, METH_VARARGS, "open(backend, threads, cpus as ints, pin, host, advertise, port) -> handle"},
+    {"tcp_lanes", tcp_lanes, METH_VARARGS, "tcp_lanes(cpus as ints, most) -> [(lanes, GB/s over the loopback)]"},
     {"close", close_, METH_O, "close(handle)"},
     {"fileno", fileno_, METH_O, "fileno(handle) -> int"},
     {"describe", describe, METH_O, "describe(handle) -> bytes"},

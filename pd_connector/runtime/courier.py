@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,17 @@ logger = logging.getLogger(__name__)
 _BATCH = 256  # completions taken per wake-up
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """A peer being connected: what it offers, over what we are at it now, and why other transports failed."""
+
+    peer: str
+    remote: dict[str, bytes]
+    new_id: Callable[[], int]
+    failed: dict[str, str]
+    name: str = ""
+
+
 class Courier:
     """Owns the transports of one agent. ``feed`` takes events for the core, on ``loop``."""
 
@@ -35,7 +47,7 @@ class Courier:
     ) -> None:
         self._loop = loop
         self._feed = feed
-        self._connecting: dict[int, tuple[str, str]] = {}
+        self._connecting: dict[int, _Attempt] = {}
         self._peers: dict[str, str] = {}
         self.reasons: dict[str, dict[str, str]] = {}
         self._transports, missing = registry.start(config.transport, agent, transport_options(config))
@@ -71,11 +83,11 @@ class Courier:
     def carry_out(self, command: ev.Command, new_id: Callable[[], int]) -> None:
         match command:
             case ev.Connect(peer, remote):
-                self._connect(peer, remote, new_id())
+                self._connect(_Attempt(peer, remote, new_id, {}))
             case ev.Disconnect(peer):
                 name = self._peers.pop(peer, None)
                 self.reasons.pop(peer, None)
-                self._connecting = {tag: entry for tag, entry in self._connecting.items() if entry[0] != peer}
+                self._connecting = {tag: entry for tag, entry in self._connecting.items() if entry.peer != peer}
                 if name is not None:
                     self._transports[name].disconnect(peer)
             case ev.PostRead():
@@ -111,18 +123,31 @@ class Courier:
         except Exception as error:  # of a user's transport too
             self._feed(ev.Completed(tag, Status.ERROR, f"{type(error).__name__}: {error}"))
 
-    def _connect(self, peer: str, remote: dict[str, bytes], tag: int) -> None:
+    def _connect(self, attempt: _Attempt) -> None:
+        """Over the best transport that did not fail yet; the peer is given up when none is left."""
+        peer, tag = attempt.peer, attempt.new_id()
+        usable = {name: transport for name, transport in self._transports.items() if name not in attempt.failed}
         try:
-            name, reasons = registry.choose(self._transports, remote)
-            self.reasons[peer] = reasons
-            others = "; ".join(f"{other}: {why}" for other, why in reasons.items())
-            logger.info("peer %s is read over %s (%s)", peer, name, others or "no other transport here")
-            self._connecting[tag] = (peer, name)
-            self._peers[peer] = name
-            self._transports[name].connect(peer, remote[name], tag)
+            name, reasons = registry.choose(usable, attempt.remote)
+        except Exception as error:  # of a user's transport too
+            failed = "; ".join(f"{name}: {why}" for name, why in attempt.failed.items())
+            self._feed(ev.Connected(peer, error=failed or str(error)))
+            return
+        self.reasons[peer] = reasons = {**reasons, **attempt.failed}
+        attempt.name = self._peers[peer] = name
+        self._connecting[tag] = attempt
+        others = "; ".join(f"{other}: {why}" for other, why in reasons.items())
+        logger.info("peer %s is read over %s (%s)", peer, name, others or "no other transport here")
+        try:
+            self._transports[name].connect(peer, attempt.remote[name], tag)
         except Exception as error:
-            self._connecting.pop(tag, None)
-            self._feed(ev.Connected(peer, error=str(error)))
+            del self._connecting[tag]
+            self._try_next(attempt, str(error))
+
+    def _try_next(self, attempt: _Attempt, why: str) -> None:
+        attempt.failed[attempt.name] = why
+        self._peers.pop(attempt.peer, None)
+        self._connect(attempt)
 
     def _poll(self, transport: Transport) -> None:
         for completion in transport.poll(_BATCH):
@@ -130,11 +155,10 @@ class Courier:
             if entry is None:
                 self._feed(ev.Completed(completion.tag, completion.status, completion.detail))
                 continue
-            peer, name = entry
             if completion.status is Status.DONE:
-                self._feed(ev.Connected(peer, transport=name))
+                self._feed(ev.Connected(entry.peer, transport=entry.name))
             else:
-                self._feed(ev.Connected(peer, error=f"{name}: {completion.status} {completion.detail}"))
+                self._try_next(entry, f"{completion.status} {completion.detail}")
 
 
 def transport_options(config: Config) -> dict[str, dict[str, Any]]:

@@ -7,12 +7,14 @@ and ends reads. It crosses over once per call, in packed arrays whose size is th
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import count
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
@@ -29,11 +31,14 @@ from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerI
 from pd_connector.transport.grants import check_capability, check_claim
 from pd_connector.transport.options import Listening, parse_listening, parse_options
 
+logger = logging.getLogger(__name__)
+
 _STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, Status.ERROR)
 _REGION = struct.Struct("=QQiIQQ")
 _GRID = struct.Struct("=IIQQQQ")
 _PATTERN = struct.Struct("=5Q")
 Threads = Annotated[int, Meta(ge=0, le=64)]
+LANES_NEAR = 0.85
 _NEVER = 0
 """A peer number that C never saw."""
 
@@ -48,8 +53,8 @@ class NativeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TcpOptions(Listening, frozen=True, forbid_unknown_fields=True):
-    """``threads`` of this agent, and so connections to every peer (0: two, or one where they have one processor);
-    ``pin`` as in NativeOptions."""
+    """``threads`` of this agent, and so connections to every peer (0: as many as a short try at the start finds to be
+    worth having, at most eight); ``pin`` as in NativeOptions."""
 
     threads: Threads = 0
     pin: bool = False
@@ -67,7 +72,7 @@ class NativeTransport(Transport):
         self._peers: dict[PeerId, int] = {}
         self._numbers = count(_NEVER + 1)
         self._registered: list[object] = []  # reads may still write into memory that was unregistered
-        threads = parsed.threads or min(2, len(parsed.cpus) or os.cpu_count() or 1)
+        threads = parsed.threads or self._worthwhile(parsed.cpus)
         try:
             listen = _addresses(self.name, parsed) if isinstance(parsed, TcpOptions) else ("", "", 0)
             cpus = np.array(parsed.cpus, np.intc)
@@ -82,6 +87,11 @@ class NativeTransport(Transport):
     @classmethod
     def _parse(cls, options: Mapping[str, Any]) -> NativeOptions | TcpOptions:
         return parse_options(cls.name, options, NativeOptions)
+
+    @classmethod
+    def _worthwhile(cls, cpus: tuple[int, ...]) -> int:
+        """Threads of an agent that was not told how many."""
+        return min(2, _processors(cpus))
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
@@ -225,6 +235,34 @@ class TcpTransport(NativeTransport):
     @classmethod
     def _parse(cls, options: Mapping[str, Any]) -> TcpOptions:
         return parse_listening(cls.name, options, TcpOptions)
+
+    @classmethod
+    def _worthwhile(cls, cpus: tuple[int, ...]) -> int:
+        return lanes_here(cpus)
+
+
+@cache
+def lanes_here(cpus: tuple[int, ...]) -> int:
+    """How many lanes of tcp are worth having on these processors (none: on all), by trying once per process: bare TCP over
+    the loopback knows what the processors can do, not what a network can."""
+    most = _processors(cpus)
+    if most == 1:
+        return 1
+    figures = _require(TcpTransport.name).tcp_lanes(np.array(cpus, np.intc), most)
+    chosen = choose_lanes(figures)
+    words = ", ".join(f"{lanes}: {gbps:.1f} GB/s" for lanes, gbps in figures)
+    logger.info("tcp: %d lanes to every peer (over the loopback %s)", chosen, words)
+    return chosen
+
+
+def choose_lanes(figures: Sequence[tuple[int, float]]) -> int:
+    """The fewest lanes that come near the best: of (lanes, GB/s), fewest first. Each costs a thread and a connection."""
+    best = max(gbps for _, gbps in figures)
+    return next(lanes for lanes, gbps in figures if gbps >= LANES_NEAR * best)
+
+
+def _processors(cpus: tuple[int, ...]) -> int:
+    return len(cpus) or os.cpu_count() or 1
 
 
 def _addresses(name: str, options: TcpOptions) -> tuple[str, str, int]:

@@ -41,7 +41,6 @@ kind = load(name)
 for _ in sys.stdin:
     child = os.fork()
     if child:
-        print(json.dumps(child), flush=True)
         os.waitpid(child, 0)
         continue
     transport = kind("owner", {})
@@ -49,19 +48,22 @@ for _ in sys.stdin:
     cache.fill()
     transport.register([cache.region])
     transport.grant(LeaseId(number, epoch), bytes.fromhex(capability), {0: np.arange(2 * blocks, dtype=np.uint32)})
-    print(json.dumps(transport.describe().hex()), flush=True)
+    print(json.dumps([os.getpid(), transport.describe().hex()]), flush=True)
     while True:
         time.sleep(60)
 """
 
 
 class Nursery:
-    """Makes owners. They die with it: their parent kills the last one it made."""
+    """Makes owners, one at a time, in its process group."""
 
     def __init__(self, name: str, *, pooled: bool) -> None:
         settings = [name, pooled, CHUNK, BLOCKS, LEASE.number, LEASE.epoch, CAPABILITY.hex()]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", NURSERY, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         self._child = 0
 
@@ -70,9 +72,8 @@ class Nursery:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
-        words = [self._line(), self._line()]  # of parent and child, in either order
-        self._child = next(word for word in words if isinstance(word, int))
-        return bytes.fromhex(next(word for word in words if isinstance(word, str)))
+        self._child, description = self._line()
+        return bytes.fromhex(description)
 
     def kill(self) -> None:
         if self._child:
@@ -80,9 +81,8 @@ class Nursery:
             self._child = 0
 
     def close(self) -> None:
-        self.kill()
-        self._process.kill()
-        self._process.communicate()
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate(timeout=DEADLINE_S)
 
     def _line(self) -> Any:
         assert self._process.stdout is not None

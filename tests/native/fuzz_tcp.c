@@ -1,6 +1,8 @@
 /* Mutated messages at both ends of the tcp backend, the same ones for the same seed; built with the sanitizers.
  *
- *     fuzz_tcp messages [seed]
+ *     fuzz_tcp messages [seed [input ...]]
+ *
+ * Inputs are files of the corpus: the first byte says what the rest is sent to. With -DLIBFUZZER clang's fuzzer makes them.
  *
  * The owner must answer a good request after every batch of bad ones, and nothing but leased blocks may ever come out of
  * it. The reader must end every read, and nothing but its destination may be written to. */
@@ -270,15 +272,134 @@ static uint64_t hostile_owners(uint64_t messages)
     return done;
 }
 
+/* --- inputs: bytes sent as they are, behind a good greeting -------------------------------------------------------- */
+
+static pd_transport *input_owner, *input_reader;
+static tcp_where input_owner_where, input_reader_where;
+
+static void prepare(void)
+{
+    pd_blocks blocks = {(const uint32_t[]){0, 1, 2, 3, 4, 5, 6, 7}, LEASED, 0};
+    pd_lease lease = {1, 1, CAPABILITY, sizeof CAPABILITY};
+    make(&input_owner);
+    make(&input_reader);
+    assert(!pd_grant(input_owner, &lease, &blocks, 1));
+    assert(pd_describe(input_owner, (unsigned char *)&input_owner_where, sizeof input_owner_where) > 0);
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof address;
+    listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert(!bind(listener, (struct sockaddr *)&address, size) && !listen(listener, 64));
+    assert(!getsockname(listener, (struct sockaddr *)&address, &size));
+    input_reader_where = (tcp_where){.family = 4, .port = ntohs(address.sin_port), .instance = "an owner's"};
+    memcpy(input_reader_where.magic, tcp_magic, sizeof tcp_magic);
+    memcpy(input_reader_where.address, &address.sin_addr, 4);
+}
+
+static void send_all(int fd, const void *bytes, size_t size)
+{
+    for (size_t at = 0; at < size;) {
+        ssize_t step = send(fd, (const char *)bytes + at, size - at, MSG_NOSIGNAL);
+        if (step <= 0)
+            return; /* it hung up */
+        at += (size_t)step;
+    }
+}
+
+static void input_to_owner(const unsigned char *data, size_t size)
+{
+    memset(memory, 0x11, sizeof memory);
+    for (size_t block = 0; block < LEASED; block++)
+        memset(memory + GUARD + block * STRIDE, LEASED_BYTE, BLOCK);
+    greeting hello;
+    memcpy(hello.magic, tcp_magic, sizeof hello.magic);
+    memcpy(hello.instance, input_owner_where.instance, sizeof hello.instance);
+    int fd = dial(&input_owner_where);
+    send_all(fd, &hello, sizeof hello);
+    send_all(fd, data, size);
+    shutdown(fd, SHUT_WR);
+    drain(fd, 0);
+    close(fd);
+}
+
+static pd_status ended(uint64_t tag)
+{
+    pd_completion end;
+    do {
+        struct pollfd bell = {pd_fileno(input_reader), POLLIN, 0};
+        assert(poll(&bell, 1, 20000) == 1);
+    } while (!pd_poll(input_reader, &end, 1));
+    assert(end.tag == tag);
+    return end.status;
+}
+
+static void input_to_reader(const unsigned char *data, size_t size)
+{
+    static uint64_t peer, tag;
+    memset(memory, 0x11, sizeof memory);
+    pd_run run = {0, 2, 8};
+    pd_pattern pattern = {0, 0, 0, 0, BLOCK};
+    pd_lease lease = {1, 1, CAPABILITY, sizeof CAPABILITY};
+    greeting hello;
+    assert(!pd_connect(input_reader, ++peer, "owner", (unsigned char *)&input_reader_where, sizeof input_reader_where, ++tag));
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    assert(fd >= 0 && recv(fd, &hello, sizeof hello, MSG_WAITALL) == sizeof hello);
+    send_all(fd, &hello, sizeof hello);
+    assert(ended(tag) == PD_DONE);
+    assert(!pd_post_read(input_reader, peer, &lease, &run, 1, &pattern, 1, ++tag, 0));
+    request head;
+    assert(recv(fd, &head, sizeof head, MSG_WAITALL) == sizeof head); /* its pieces stay unread */
+    send_all(fd, data, size);
+    shutdown(fd, SHUT_WR);
+    ended(tag);
+    close(fd);
+    for (size_t at = 0; at < sizeof memory; at++) {
+        size_t block = at < GUARD ? 0 : (at - GUARD) / STRIDE;
+        bool ours = at >= GUARD && block >= 2 && block < 10 && (at - GUARD) % STRIDE < BLOCK;
+        assert(ours || memory[at] == 0x11);
+    }
+    assert(!pd_disconnect(input_reader, peer));
+}
+
+int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size);
+int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size)
+{
+    if (!input_owner)
+        prepare();
+    if (size && data[0] & 1)
+        input_to_reader(data + 1, size - 1);
+    else if (size)
+        input_to_owner(data + 1, size - 1);
+    return 0;
+}
+
+#ifndef LIBFUZZER
+static void replay(const char *path)
+{
+    static unsigned char bytes[1 << 16];
+    FILE *file = fopen(path, "rb");
+    assert(file);
+    size_t size = fread(bytes, 1, sizeof bytes, file);
+    fclose(file);
+    LLVMFuzzerTestOneInput(bytes, size);
+}
+
 int main(int count, char **words)
 {
     uint64_t messages = count > 1 ? strtoull(words[1], NULL, 10) : 100000;
     seed = count > 2 ? strtoull(words[2], NULL, 10) : 1;
     state = seed * 0x9E3779B97F4A7C15u | 1;
+    for (int i = 3; i < count; i++)
+        replay(words[i]);
+    if (input_owner) {
+        pd_close(input_owner);
+        pd_close(input_reader);
+        close(listener);
+    }
     uint64_t served = hostile_readers(messages - messages / 8);
     uint64_t done = hostile_owners(messages / 8);
     assert(served && done);
-    printf("fuzz_tcp: %llu messages, seed %llu: %llu requests served, %llu reads done\n", (unsigned long long)messages, seed,
-           (unsigned long long)served, (unsigned long long)done);
+    printf("fuzz_tcp: %llu messages, seed %llu: %llu requests served, %llu reads done, %d inputs replayed\n",
+           (unsigned long long)messages, seed, (unsigned long long)served, (unsigned long long)done, count > 3 ? count - 3 : 0);
     return 0;
 }
+#endif
