@@ -243,8 +243,8 @@ class TcpTransport(NativeTransport):
 
 @cache
 def lanes_here(cpus: tuple[int, ...]) -> int:
-    """How many lanes of tcp are worth having on these processors (none: on all), by trying once per process: bare TCP over
-    the loopback knows what the processors can do, not what a network can."""
+    """How many lanes of tcp are worth having on these processors (none: on all), by trying once per process: bare TCP
+    over the loopback knows what the processors can do, not what a network can."""
     most = _processors(cpus)
     if most == 1:
         return 1
@@ -256,7 +256,7 @@ def lanes_here(cpus: tuple[int, ...]) -> int:
 
 
 def choose_lanes(figures: Sequence[tuple[int, float]]) -> int:
-    """The fewest lanes that come near the best: of (lanes, GB/s), fewest first. Each costs a thread and a connection."""
+    """The fewest lanes that come near the best, of (lanes, GB/s), fewest first: each is a thread and a connection."""
     best = max(gbps for _, gbps in figures)
     return next(lanes for lanes, gbps in figures if gbps >= LANES_NEAR * best)
 
