@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -82,18 +83,21 @@ def iperf3(case: Case) -> float:
     inside = ["ip", "netns", "exec", veth.SPACE] if case.scope == "veth" else []
     address = veth.THERE if case.scope == "veth" else "127.0.0.1"
     server = subprocess.Popen(
-        [*inside, "iperf3", "-s", "-1", "-B", address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*inside, "iperf3", "-s", "-1", "-B", address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        assert server.stdout is not None
-        for line in server.stdout:
-            if "listening" in line:
-                break
-        result = json.loads(_output("iperf3", "-c", address, "-P", 2, "-t", 1, "-R", "-J"))
+        for attempts_left in reversed(range(20)):
+            time.sleep(0.1)  # until it listens
+            try:
+                result = json.loads(_output("iperf3", "-c", address, "-P", 2, "-t", 1, "-R", "-J"))
+                return float(result["end"]["sum_received"]["bits_per_second"]) / 8e9
+            except subprocess.CalledProcessError:
+                if not attempts_left:
+                    raise
+        raise AssertionError("unreachable")
     finally:
         server.kill()
         server.wait()
-    return float(result["end"]["sum_received"]["bits_per_second"]) / 8e9
 
 
 def _output(*command: object) -> str:

@@ -74,17 +74,26 @@ def coalesce(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Runs:
     return np.stack((src[starts], dst[starts], counts), axis=1).astype(np.uint32)
 
 
-def plan_blocks(grids: Sequence[GridRef], group: int, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> CopyPlan:
-    """Whole blocks of one group between two ranks of equal layout (``grids``: the reader's, canonical order)."""
-    patterns = tuple(
-        Pattern(index, index, 0, 0, ref.grid.block_bytes) for index, ref in enumerate(grids) if ref.grid.group == group
-    )
-    if not patterns:
-        raise LocalProtocolError(f"KV cache group {group} is not registered here")
-    limit = min(grids[pattern.dst_grid].grid.num_blocks for pattern in patterns)
-    if len(dst_blocks) and max(dst_blocks) >= limit:
-        raise LocalProtocolError(f"destination block {max(dst_blocks)} does not exist: group {group} has {limit}")
-    return CopyPlan(coalesce(src_blocks, dst_blocks), patterns)
+class WholeBlocks:
+    """Plans whole blocks of one group between two ranks of equal layout (``grids``: the reader's, canonical order).
+
+    What does not depend on the blocks is made once. Raises LocalProtocolError for a group that is not there."""
+
+    def __init__(self, grids: Sequence[GridRef], group: int) -> None:
+        mine = [(index, ref.grid) for index, ref in enumerate(grids) if ref.grid.group == group]
+        if not mine:
+            raise LocalProtocolError(f"KV cache group {group} is not registered here")
+        self._group = group
+        self._patterns = tuple(Pattern(index, index, 0, 0, grid.block_bytes) for index, grid in mine)
+        self.num_blocks = min(grid.num_blocks for _, grid in mine)
+
+    def plan(self, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> CopyPlan:
+        """Raises LocalProtocolError, as ``coalesce`` does and for a destination that does not exist."""
+        if len(dst_blocks) and max(dst_blocks) >= self.num_blocks:
+            raise LocalProtocolError(
+                f"destination block {max(dst_blocks)} does not exist: group {self._group} has {self.num_blocks}"
+            )
+        return CopyPlan(coalesce(src_blocks, dst_blocks), self._patterns)
 
 
 def split_layers(plan: CopyPlan, grids: Sequence[GridRef]) -> list[CopyPlan]:

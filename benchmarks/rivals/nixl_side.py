@@ -75,8 +75,7 @@ def owner(line: work.Line, setup: work.Setup) -> None:
         if pause:
             time.sleep(pause)
 
-    for message in line.messages(progress if setup.tuned else None):
-        raise ValueError(f"the owner understands nothing but quit: {message}")
+    work.touch_all(line, memory, progress if setup.tuned else None)
 
 
 def chunks_at(base: int, setup: work.Setup) -> list[tuple[int, int, int]]:

@@ -156,8 +156,10 @@ class Rival:
 
     def iterate(self) -> Sample:
         """Read other random blocks, and check every byte. Raises RivalError."""
-        reader = self._sides[1]
+        owner, reader = self._sides
         with self._running():
+            owner.send({"touch": True}, "touch")
+            owner.answer("touch", READ_S)
             reader.send({"read": next(self._seeds)}, "read")
             done = reader.answer("read", READ_S)
         if not done["verified"]:

@@ -151,6 +151,13 @@ def run(owner: Callable[[Line, Setup], None], reader: Callable[[Line, Setup], No
     os._exit(0)
 
 
+def touch_all(line: Line, memory: Bytes, progress: Callable[[], None] | None = None) -> None:
+    """Owner: look at every page whenever told to, as bench.work.Cache.touch says, and answer."""
+    for _ in line.messages(progress):
+        memory[:: mmap.PAGESIZE].max()
+        line.send({})
+
+
 def read_all(line: Line, setup: Setup, memory: Bytes, prepare: Callable[[Request], Callable[[], None]]) -> None:
     """Answer every ``read`` with its time and CPU. ``prepare`` gives the call that posts a request and waits for it.
 

@@ -1,6 +1,7 @@
 """The owner of the memory that a benchmark reads from, in a process of its own.
 
-Run as a module with a Case as JSON it prints its transport's description, then its CPU seconds for every line of input.
+Run as a module with a Case as JSON it prints its transport's description, then its CPU seconds for every line of input;
+one that is not empty has it touch its memory first.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class Owner:
             self._process.kill()
             self._process.wait(5)
 
-    def cpu_seconds(self) -> float:
-        """That it has used so far."""
+    def cpu_seconds(self, *, touch: bool = False) -> float:
+        """That it has used so far, once it has touched all of its memory."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(b"\n")
+            self._process.stdin.write(b"touch\n" if touch else b"\n")
             self._process.stdin.flush()
         except OSError:
             pass  # it ended: so says the answer
@@ -82,7 +83,9 @@ def serve(case: Case) -> None:
     transport.register([cache.region])
     transport.grant(LEASE, CAPABILITY, {0: np.arange(2 * case.blocks, dtype=np.uint32)})
     print(msgspec.json.encode(transport.describe().hex()).decode(), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip():
+            cache.touch()
         print(time.process_time(), flush=True)
     transport.close()
 

@@ -13,6 +13,9 @@ from pd_connector.errors import ConfigError
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+SERIES = ("t1", "t2", "nt1", "nt2", "lanes", "iperf3", "nixl_default", "nixl_tuned", "mooncake_default")
+"""In a fixed order, so that each has its colour in every panel."""
+MEMORY = ("t1", "t2", "nt1", "nt2")
 SIZES = {8192: "8K", 32768: "32K", 65536: "64K", 262144: "256K", 1 << 20: "1M"}
 
 
@@ -22,7 +25,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for row in rows:
         title = f"{row['transport']}, {row['scope']}, {row['memory']}, {row['pages']} pages, {row['threads']} threads"
         panels.setdefault(title + (", pinned" if row["pin"] else ""), []).append(row)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, sharey=True)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
     for axis, (title, some) in zip(axes[0], panels.items(), strict=True):
         _panel(axis, sorted(some, key=lambda row: int(row["chunk_bytes"])))
         axis.set_title(title, fontsize=9)
@@ -40,11 +43,14 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     speed = [row["gbps_median"] for row in rows]
     low = [row["gbps_median"] - row["gbps_min"] for row in rows]
     high = [row["gbps_max"] - row["gbps_median"] for row in rows]
-    axis.errorbar(sizes, speed, yerr=[low, high], marker="o", linewidth=2, capsize=3, label="pd_connector")
-    names = sorted({key for row in rows for key in row if key.startswith("limit_")})
-    for name in names:
-        label = name.removeprefix("limit_").removesuffix("_gbps")
-        axis.plot(sizes, [row.get(name) for row in rows], marker=".", linestyle="--", linewidth=1, label=label)
+    axis.errorbar(sizes, speed, yerr=[low, high], marker="o", linewidth=2, capsize=3, color="C0", label="pd_connector")
+    names = {key[6:-5] for row in rows for key in row if key.startswith("limit_")}
+    if names - set(MEMORY) and rows[0]["transport"] != "shm":
+        names -= set(MEMORY)  # far above whatever a socket does
+    for name in sorted(names, key=lambda name: SERIES.index(name) if name in SERIES else len(SERIES)):
+        colour = f"C{1 + SERIES.index(name)}" if name in SERIES else "black"
+        values = [row.get(f"limit_{name}_gbps") for row in rows]
+        axis.plot(sizes, values, marker=".", linestyle="--", linewidth=1, label=name, color=colour)
     axis.set_xlabel("bytes per chunk")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)

@@ -86,7 +86,7 @@ class Pair:
     def read(self) -> tuple[float, float]:
         """(seconds from the post to the completion, CPU seconds of both processes) of one read; the bytes are right."""
         plan = self._work.plan()
-        used = self._owner.cpu_seconds() + time.process_time()
+        used = self._owner.cpu_seconds(touch=True) + time.process_time()
         start = time.perf_counter()
         self._reader.post_read("owner", LEASE, CAPABILITY, plan, tag := next(self._tags))
         wait(self._reader, tag)

@@ -15,7 +15,7 @@ from pd_connector.config import Config
 from pd_connector.errors import LocalProtocolError
 from pd_connector.layout import KVLayout
 from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
-from pd_connector.plan import CopyPlan, plan_blocks, split_layers
+from pd_connector.plan import CopyPlan, WholeBlocks, split_layers
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
@@ -55,6 +55,7 @@ class Agent:
         self._side_channel = SideChannel(self.config, self._on_frame, self._on_lost, self._hangup_if_unused)
         self._courier: Courier | None = None
         self._grids: tuple[GridRef, ...] = ()
+        self._groups: dict[int, WholeBlocks] = {}
         self._views: list[memoryview] = []
         self._events: deque[ev.Event] = deque()
         self._handling = False
@@ -225,8 +226,7 @@ class Agent:
         check_seconds("a lease", seconds)
         check_count("readers", readers)
         for group, ids in enumerate(ticket.blocks):
-            limit = min((ref.grid.num_blocks for ref in self._grids if ref.grid.group == group), default=0)
-            if self._courier is not None and ids and max(ids) >= limit:
+            if self._courier is not None and ids and max(ids) >= (limit := self._group(group).num_blocks):
                 raise LocalProtocolError(f"block {max(ids)} cannot be leased: group {group} has {limit} blocks")
         event = ev.Grant(
             ticket.lease,
@@ -304,6 +304,11 @@ class Agent:
             raise
         return number
 
+    def _group(self, group: int) -> WholeBlocks:
+        if group not in self._groups:
+            self._groups[group] = WholeBlocks(self._grids, group)
+        return self._groups[group]
+
     def _plan(
         self, ticket: Ticket, groups: Sequence[Sequence[int]], skip_blocks: int, partial: bool, by_layer: bool
     ) -> list[CopyPlan]:
@@ -312,7 +317,7 @@ class Agent:
         plans = []
         for group, (source, destination) in enumerate(zip(ticket.blocks, groups, strict=True)):
             wanted = source[skip_blocks : skip_blocks + len(destination) if partial else None]
-            plan = plan_blocks(self._grids, group, wanted, destination)
+            plan = self._group(group).plan(wanted, destination)
             plans.extend(split_layers(plan, self._grids) if by_layer else [plan])
         return plans
 

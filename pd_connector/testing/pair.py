@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pd_connector.plan import CopyPlan, Pattern, coalesce, plan_blocks
+from pd_connector.plan import CopyPlan, Pattern, WholeBlocks, coalesce
 from pd_connector.testing.arena import GEOMETRIES, POISON, Arena
 from pd_connector.testing.owner_process import Owner
 from pd_connector.transport.base import Completion, LeaseId, Status, Transport
@@ -75,7 +75,7 @@ class Pair:
         return tag
 
     def blocks(self, src: Sequence[int], dst: Sequence[int] | None = None, group: int = 0) -> CopyPlan:
-        return plan_blocks(self.target.grids, group, src, src if dst is None else dst)
+        return WholeBlocks(self.target.grids, group).plan(src, src if dst is None else dst)
 
     def long(self, src: Sequence[int], dst: Sequence[int] | None = None) -> CopyPlan:
         """The same bytes over and over, so that even at the speed of memory there is a middle to do something in."""

@@ -26,7 +26,7 @@ from msgspec import Meta
 from pd_connector.config import Cpu
 from pd_connector.errors import LocalProtocolError, TransportUnavailable
 from pd_connector.memory import MemoryKind, Pool, Region, native, order_grids, pool_at
-from pd_connector.plan import CopyPlan
+from pd_connector.plan import CopyPlan, Pattern
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
 from pd_connector.transport.grants import check_capability, check_claim
 from pd_connector.transport.options import Listening, parse_listening, parse_options
@@ -71,6 +71,7 @@ class NativeTransport(Transport):
         self._closed = False
         self._peers: dict[PeerId, int] = {}
         self._numbers = count(_NEVER + 1)
+        self._packed: tuple[tuple[Pattern, ...], bytes] = ((), b"")
         self._registered: list[object] = []  # reads may still write into memory that was unregistered
         threads = parsed.threads or self._worthwhile(parsed.cpus)
         try:
@@ -160,7 +161,10 @@ class NativeTransport(Transport):
         self, peer: PeerId, lease: LeaseId, capability: bytes, plan: CopyPlan, tag: int, priority: int = 0
     ) -> None:
         check_claim(lease, capability)
-        runs, patterns = plan.runs, _pack_patterns(plan)
+        runs, packed = plan.runs, self._packed
+        if packed[0] is not plan.patterns:  # of most reads they are the same, as plan.WholeBlocks made them
+            packed = self._packed = plan.patterns, _pack_patterns(plan)
+        patterns = packed[1]
         if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.uint32:
             raise LocalProtocolError(f"runs must be uint32 of shape (n, 3), got {runs.dtype} of {runs.shape}")
         with self._usable() as c:

@@ -16,6 +16,7 @@ from documents import ROOT, Command, commands
 
 from pd_connector.cli import _parser
 from pd_connector.config import Config, parse
+from pd_connector.memory import native
 from pd_connector.testing.sim_plants import PLANTS
 
 ALL = commands()
@@ -46,9 +47,15 @@ def doctor(words: list[str]) -> None:
     assert "every byte is right" in run(sys.executable, "-m", "pd_connector.cli", *words[1:])
 
 
+def bench(words: list[str]) -> None:
+    if native() is not None:  # shm is what it measures
+        assert "GB/s" in run(sys.executable, "-m", "pd_connector.cli", *words[1:])
+
+
 RUN: dict[str, Callable[[list[str]], None]] = {
     "pdc keygen --json": keygen,
     "pdc doctor": doctor,
+    "pdc bench transfer --transport shm --chunk 65536 --rounds 3": bench,
     "make -s sim PLANT=list": list_of_plants,
 }
 

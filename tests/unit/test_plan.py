@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pd_connector.errors import LocalProtocolError
 from pd_connector.memory import BlockGrid, GridRef, Region, order_grids
-from pd_connector.plan import CopyPlan, Pattern, coalesce, plan_blocks, split_layers
+from pd_connector.plan import CopyPlan, Pattern, WholeBlocks, coalesce, split_layers
 
 IDS = st.integers(0, 200) | st.integers(2**32 - 50, 2**32 - 1)
 
@@ -92,26 +92,26 @@ def grids() -> tuple[GridRef, ...]:
 
 
 def test_whole_blocks_of_a_group() -> None:
-    plan = plan_blocks(grids(), 0, [9, 10, 3], [0, 1, 15])
+    plan = WholeBlocks(grids(), 0).plan([9, 10, 3], [0, 1, 15])
     assert plan.runs.tolist() == [[9, 0, 2], [3, 15, 1]]
     assert plan.patterns == tuple(Pattern(index, index, 0, 0, size) for index, size in enumerate((32, 32, 64, 64)))
     assert (plan.num_blocks, plan.num_bytes) == (3, 3 * 192)
-    assert plan_blocks(grids(), 1, [1], [7]).patterns == (Pattern(4, 4, 0, 0, 16),)
+    assert WholeBlocks(grids(), 1).plan([1], [7]).patterns == (Pattern(4, 4, 0, 0, 16),)
 
 
 @pytest.mark.parametrize(("group", "dst", "words"), [(2, [0], "group 2"), (0, [16], "has 16"), (1, [8], "has 8")])
 def test_a_destination_that_is_not_there_is_refused(group: int, dst: list[int], words: str) -> None:
     with pytest.raises(LocalProtocolError, match=words):
-        plan_blocks(grids(), group, [0] * len(dst), dst)
+        WholeBlocks(grids(), group).plan([0] * len(dst), dst)
 
 
 def test_nothing_to_read_is_a_plan_too() -> None:
-    plan = plan_blocks(grids(), 0, [], [])
+    plan = WholeBlocks(grids(), 0).plan([], [])
     assert (plan.num_blocks, plan.num_bytes, plan.runs.shape) == (0, 0, (0, 3))
 
 
 def test_split_by_layer_keeps_every_pattern_once() -> None:
-    plan = plan_blocks(grids(), 0, [1, 2, 3], [4, 5, 6])
+    plan = WholeBlocks(grids(), 0).plan([1, 2, 3], [4, 5, 6])
     layers = split_layers(plan, grids())
     assert [sorted({grids()[p.dst_grid].grid.layer for p in layer.patterns}) for layer in layers] == [[0], [1]]
     assert sum((layer.patterns for layer in layers), ()) == plan.patterns
