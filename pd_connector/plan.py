@@ -16,6 +16,8 @@ import numpy.typing as npt
 from pd_connector.errors import LocalProtocolError
 from pd_connector.memory import GridRef
 
+Ids = Sequence[int] | npt.NDArray[Any]
+"""A flat list of block ids."""
 Runs = npt.NDArray[np.uint32]
 """Shape (n, 3), columns: first source block, first destination block, number of blocks."""
 
@@ -51,7 +53,7 @@ class CopyPlan:
         return self.num_blocks * sum(pattern.run_bytes for pattern in self.patterns)
 
 
-def coalesce(src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Runs:
+def coalesce(src_blocks: Ids, dst_blocks: Ids) -> Runs:
     """Merge pairs of block ids that advance together into as few runs as there can be, in order of destination.
 
     The order in which blocks are read means nothing, and engines hand freed blocks out again last one first.
@@ -87,13 +89,14 @@ class WholeBlocks:
         self._patterns = tuple(Pattern(index, index, 0, 0, grid.block_bytes) for index, grid in mine)
         self.num_blocks = min(grid.num_blocks for _, grid in mine)
 
-    def plan(self, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> CopyPlan:
+    def plan(self, src_blocks: Ids, dst_blocks: Ids) -> CopyPlan:
         """Raises LocalProtocolError, as ``coalesce`` does and for a destination that does not exist."""
-        if len(dst_blocks) and max(dst_blocks) >= self.num_blocks:
+        dst = block_ids(dst_blocks, "destination")
+        if len(dst) and (highest := int(dst.max())) >= self.num_blocks:
             raise LocalProtocolError(
-                f"destination block {max(dst_blocks)} does not exist: group {self._group} has {self.num_blocks}"
+                f"destination block {highest} does not exist: group {self._group} has {self.num_blocks}"
             )
-        return CopyPlan(coalesce(src_blocks, dst_blocks), self._patterns)
+        return CopyPlan(coalesce(src_blocks, dst), self._patterns)
 
 
 def split_layers(plan: CopyPlan, grids: Sequence[GridRef]) -> list[CopyPlan]:
@@ -105,7 +108,7 @@ def split_layers(plan: CopyPlan, grids: Sequence[GridRef]) -> list[CopyPlan]:
     return [CopyPlan(plan.runs, tuple(patterns)) for _, patterns in sorted(by_layer.items())]
 
 
-def block_ids(blocks: Sequence[int], side: str) -> npt.NDArray[np.int64]:
+def block_ids(blocks: Ids, side: str) -> npt.NDArray[np.int64]:
     """Block ids as an array. Raises LocalProtocolError for anything but a flat list of integers in 0..2**32-1."""
     ids: npt.NDArray[Any] = np.asarray(blocks)
     if ids.size == 0:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pd_connector.errors import PDError
-from pd_connector.plan import CopyPlan, Runs
+from pd_connector.plan import CopyPlan, Ids, Runs
 from pd_connector.protocol.messages import Message
 from pd_connector.protocol.ticket import Ticket
 
@@ -90,7 +91,7 @@ class Grant:
     number: int
     epoch: int
     capability: bytes
-    blocks: dict[int, tuple[int, ...]]
+    blocks: Mapping[int, Ids]
     readers: int
     seconds: float
     cap_seconds: float
@@ -208,7 +209,7 @@ class GrantBlocks:
     number: int
     epoch: int
     capability: bytes
-    blocks: dict[int, tuple[int, ...]]
+    blocks: Mapping[int, Ids]
 
 
 @dataclass(frozen=True, slots=True)

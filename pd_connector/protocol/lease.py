@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import hmac
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from pd_connector.plan import Ids
 
 
 class LeaseState(StrEnum):
@@ -47,7 +50,7 @@ class Lease:
     number: int
     epoch: int
     capability: bytes
-    blocks: dict[int, frozenset[int]]
+    blocks: Mapping[int, Ids]
     readers: int
     seconds: float
     deadline: float

@@ -63,7 +63,7 @@ class Owner:
             number=event.number,
             epoch=event.epoch,
             capability=event.capability,
-            blocks={group: frozenset(ids) for group, ids in event.blocks.items()},
+            blocks=event.blocks,
             readers=event.readers,
             seconds=event.seconds,
             deadline=now + min(event.seconds, event.cap_seconds),
@@ -212,8 +212,8 @@ class Owner:
         if blocks * len(audit.grids) * DIGEST_BYTES != len(audit.digests):
             return "audit: the number of digests does not match the blocks"
         for group in {parts[grid] for grid in audit.grids}:
-            leased = lease.blocks.get(group, frozenset())
-            if any(block not in leased for first, _, count in runs.tolist() for block in range(first, first + count)):
+            leased = lease.blocks.get(group, ())
+            if not all(np.isin(np.arange(first, first + count), leased).all() for first, _, count in runs.tolist()):
                 return "audit: names a block that is not leased"
         return ""
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Meta
 
 from pd_connector.errors import LocalProtocolError, RemoteProtocolError
@@ -43,12 +45,19 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     def to_bytes(self) -> bytes:
         return msgspec.msgpack.encode(self)
 
-    def terms(self) -> bytes:
-        """16 bytes that differ when blocks, their order, tokens or key do."""
+    def arrays(self) -> tuple[npt.NDArray[np.uint32], ...]:
+        """``blocks`` as arrays, the one look at every id that a transfer takes. Raises LocalProtocolError."""
+        try:
+            return tuple(np.array(group, np.uint32) for group in self.blocks)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise LocalProtocolError(f"a ticket's blocks must be whole numbers in 0..2**32-1: {error}") from None
+
+    def terms(self, arrays: Sequence[npt.NDArray[np.uint32]] | None = None) -> bytes:
+        """16 bytes that differ when blocks, their order, tokens or key do. ``arrays`` where they are known already."""
         digest = hashlib.blake2b(digest_size=TERMS_BYTES)
         digest.update(self.tokens.to_bytes(4, "little") + len(self.key).to_bytes(1, "little") + self.key)
-        for group in self.blocks:
-            digest.update(len(group).to_bytes(4, "little") + np.array(group, "<u4").tobytes())
+        for group in self.arrays() if arrays is None else arrays:
+            digest.update(len(group).to_bytes(4, "little") + group.astype("<u4", copy=False).tobytes())
         return digest.digest()
 
     def check(self) -> None:

@@ -15,7 +15,6 @@ from pd_connector.config import Config
 from pd_connector.errors import LocalProtocolError
 from pd_connector.layout import KVLayout
 from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
-from pd_connector.plan import CopyPlan, WholeBlocks, split_layers
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
@@ -25,6 +24,7 @@ from pd_connector.runtime.arguments import block_groups, check_bytes, check_coun
 from pd_connector.runtime.courier import Courier
 from pd_connector.runtime.digest import digest_blocks
 from pd_connector.runtime.outcome import patiently, stats_of
+from pd_connector.runtime.planner import Planner
 from pd_connector.runtime.side_channel import SideChannel
 from pd_connector.tensors import describe_grids, to_regions
 
@@ -55,7 +55,7 @@ class Agent:
         self._side_channel = SideChannel(self.config, self._on_frame, self._on_lost, self._hangup_if_unused)
         self._courier: Courier | None = None
         self._grids: tuple[GridRef, ...] = ()
-        self._groups: dict[int, WholeBlocks] = {}
+        self._planner = Planner(())
         self._views: list[memoryview] = []
         self._events: deque[ev.Event] = deque()
         self._handling = False
@@ -174,6 +174,7 @@ class Agent:
         plain = isinstance(layers, list | tuple) and isinstance(layers[0], Region)
         regions = list(layers) if plain else to_regions(layers)
         self._grids = order_grids(regions)
+        self._planner = Planner(self._grids)
         self._read_only = next((str(region) for region in regions if not region.writable), "")
         self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
         for region in regions:
@@ -200,7 +201,7 @@ class Agent:
 
         The blocks must not change until the lease has ended (``lease_ended``). Raises LocalProtocolError.
         """
-        groups = block_groups(blocks)
+        groups = tuple(tuple(ids.tolist()) for ids in block_groups(blocks))
         check_count("tokens", tokens)
         check_bytes("key", key)
         self._last_lease += 1
@@ -225,18 +226,19 @@ class Agent:
         ticket.check()
         check_seconds("a lease", seconds)
         check_count("readers", readers)
-        for group, ids in enumerate(ticket.blocks):
-            if self._courier is not None and ids and max(ids) >= (limit := self._group(group).num_blocks):
-                raise LocalProtocolError(f"block {max(ids)} cannot be leased: group {group} has {limit} blocks")
+        blocks = ticket.arrays()
+        for group, ids in enumerate(blocks):
+            if self._courier is not None and len(ids) and ids.max() >= (limit := self._planner.group(group).num_blocks):
+                raise LocalProtocolError(f"block {ids.max()} cannot be leased: group {group} has {limit} blocks")
         event = ev.Grant(
             ticket.lease,
             ticket.epoch,
             ticket.capability,
-            dict(enumerate(ticket.blocks)),
+            dict(enumerate(blocks)),
             readers,
             self.config.lease_seconds if seconds is None else seconds,
             max(seconds or 0, self.config.lease_cap_seconds),
-            ticket.terms(),
+            ticket.terms(blocks),
         )
         if ticket.lease in self._lease_ends:
             raise LocalProtocolError(f"lease {ticket.lease} is held already")
@@ -287,7 +289,8 @@ class Agent:
         check_seconds("a pull", timeout)
         if self._read_only:
             raise LocalProtocolError(f"{self._read_only} is registered read-only memory: nothing can be pulled into it")
-        parts = self._plan(ticket, block_groups(blocks), skip_blocks, partial, by_layer)
+        source = ticket.arrays()
+        parts = self._planner.parts(source, block_groups(blocks), skip_blocks, partial, by_layer)
         if self.config.audit:
             most = max(plan.num_blocks * len(plan.patterns) for plan in parts)
             if most * DIGEST_BYTES > MAX_FRAME // 2:
@@ -297,29 +300,12 @@ class Agent:
         timeout = self.config.transfer_timeout_seconds if timeout is None else timeout
         try:
             self._handle(
-                ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit, ticket.terms())
+                ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit, ticket.terms(source))
             )
         except LocalProtocolError:
             del self._pulls[number]
             raise
         return number
-
-    def _group(self, group: int) -> WholeBlocks:
-        if group not in self._groups:
-            self._groups[group] = WholeBlocks(self._grids, group)
-        return self._groups[group]
-
-    def _plan(
-        self, ticket: Ticket, groups: Sequence[Sequence[int]], skip_blocks: int, partial: bool, by_layer: bool
-    ) -> list[CopyPlan]:
-        if len(groups) != len(ticket.blocks):
-            raise LocalProtocolError(f"{ticket!r} has {len(ticket.blocks)} KV cache groups, {len(groups)} were given")
-        plans = []
-        for group, (source, destination) in enumerate(zip(ticket.blocks, groups, strict=True)):
-            wanted = source[skip_blocks : skip_blocks + len(destination) if partial else None]
-            plan = self._group(group).plan(wanted, destination)
-            plans.extend(split_layers(plan, self._grids) if by_layer else [plan])
-        return plans
 
     def abort(self, number: int, reason: str = "aborted by the caller") -> None:
         """End a pull; its TransferEnded note follows once its destination is quiet. Late calls are harmless."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pd_connector.errors import LocalProtocolError
 from pd_connector.plan import block_ids
@@ -30,10 +31,10 @@ def check_bytes(name: str, value: object) -> None:
         raise LocalProtocolError(f"{name} must be bytes, got {value!r}")
 
 
-def block_groups(blocks: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+def block_groups(blocks: Sequence[int] | Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.uint32], ...]:
     """Block ids per KV cache group, from a list of ids or a list of such lists. Raises LocalProtocolError."""
     if not isinstance(blocks, Sequence | np.ndarray):
         raise LocalProtocolError(f"blocks must be a list of ids or of such lists, got {type(blocks).__name__}")
     nested = len(blocks) > 0 and isinstance(blocks[0], Sequence | np.ndarray) and not isinstance(blocks[0], str)
     groups: Any = blocks if nested else [blocks]
-    return tuple(tuple(block_ids(group, "given").tolist()) for group in groups)
+    return tuple(block_ids(group, "given").astype(np.uint32) for group in groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from pd_connector.config import Config
 from pd_connector.memory import Region
+from pd_connector.plan import Ids
 from pd_connector.protocol import events as ev
 from pd_connector.runtime.side_channel import advertised_host
 from pd_connector.transport import registry
@@ -106,7 +107,7 @@ class Courier:
             case _:
                 raise AssertionError(f"not a data command: {command}")
 
-    def _grant(self, lease: LeaseId, capability: bytes, blocks: dict[int, tuple[int, ...]]) -> None:
+    def _grant(self, lease: LeaseId, capability: bytes, blocks: Mapping[int, Ids]) -> None:
         """A lease that cannot be served is ended: its reader is told, and its blocks come back."""
         arrays = {group: np.asarray(ids, np.uint32) for group, ids in blocks.items()}
         try:
