@@ -30,6 +30,17 @@ void tcp_watch(loop *each, source *what, bool writing, bool added)
     epoll_ctl(each->epoll, added ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, what->fd, &event);
 }
 
+/* A forked child may hold the same socket: closing it here alone would neither take it out of epoll nor tell the peer. */
+void tcp_drop(loop *each, source *what)
+{
+    if (what->fd < 0)
+        return;
+    epoll_ctl(each->epoll, EPOLL_CTL_DEL, what->fd, NULL);
+    shutdown(what->fd, SHUT_RDWR);
+    close(what->fd);
+    what->fd = -1;
+}
+
 /* A peer whose host vanished sends no FIN: the kernel gives up on it. */
 void tcp_tune(int fd)
 {
@@ -117,8 +128,10 @@ static void tcp_close(void *own)
         close(all->loops[i].epoll);
         pthread_mutex_destroy(&all->loops[i].lock);
     }
-    if (all->listener.fd >= 0)
+    if (all->listener.fd >= 0) {
+        shutdown(all->listener.fd, SHUT_RDWR); /* also for a forked child, which would let readers wait for ever */
         close(all->listener.fd);
+    }
     if (all->spare >= 0)
         close(all->spare);
     grants_free(all);

@@ -118,6 +118,7 @@ extern const char tcp_magic[8];
 
 int64_t tcp_now_ms(void);
 void tcp_watch(loop *each, source *what, bool writing, bool added);
+void tcp_drop(loop *each, source *what);
 void tcp_tune(int fd);
 void tcp_wake(void *own);
 

@@ -15,9 +15,7 @@
 
 static void drop_connection(lane *each)
 {
-    if (each->source.fd >= 0)
-        close(each->source.fd);
-    each->source.fd = -1;
+    tcp_drop(each->loop, &each->source);
     each->state = CLOSED;
     each->deadline = INT64_MAX;
 }
@@ -360,6 +358,8 @@ void lanes_turn(loop *each, bool woken)
         lane *one = *at;
         if (woken)
             waive(one);
+        if (one->state == OPEN && one->deadline <= now)
+            take_in(one); /* less may have come than doze waits for */
         if (one->state != CLOSED && one->deadline <= now)
             lose(one, one->state == OPEN ? "it sent nothing for 15 s" : "it did not answer within 10 s");
         if (one->state != CLOSED && (atomic_load(&one->peer->lost) || atomic_load(&one->peer->gone)))

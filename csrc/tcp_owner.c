@@ -48,7 +48,7 @@ static void hang_up(connection *each)
 {
     if (each->state == CLOSED)
         return;
-    close(each->source.fd);
+    tcp_drop(each->loop, &each->source);
     each->state = CLOSED;
     each->deadline = INT64_MAX;
     atomic_fetch_sub(&each->loop->tcp->served, 1);

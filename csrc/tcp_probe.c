@@ -41,6 +41,8 @@ static int join(int fds[2])
     socklen_t size = sizeof address;
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     fds[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), fds[1] = -1;
+    setsockopt(fds[0], SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience); /* of connect, too */
+    setsockopt(listener, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     if (listener >= 0 && fds[0] >= 0 && !bind(listener, (struct sockaddr *)&address, size) && !listen(listener, 1) &&
         !getsockname(listener, (struct sockaddr *)&address, &size) && !connect(fds[0], (struct sockaddr *)&address, size))
         fds[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);

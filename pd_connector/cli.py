@@ -25,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except PDError as error:
-        # Some messages end with the tail of a log; here an error is always one line.
-        print(f"pdc {arguments.command}: {' | '.join(str(error).splitlines())}", file=sys.stderr)
+        # Some messages end with the tail of a log, or quote a peer; here an error is always one line of plain text.
+        words = "".join(letter if letter.isprintable() else "?" for letter in " | ".join(str(error).splitlines()))
+        print(f"pdc {arguments.command}: {words}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -42,6 +43,16 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 raise ConfigError(f"{name} {getattr(self, name)} of a benchmark: at least 1")
         if self.chunk_bytes % 8:
             raise ConfigError(f"chunk_bytes {self.chunk_bytes}: give a multiple of 8")
+        # Owner and reader have twice what is read, so has what is expected, and the limit's process twice that.
+        need, free = 10 * self.chunks * self.chunk_bytes >> 20, _available_mib()
+        if need > free:
+            what = f"{self.chunks} chunks of {self.chunk_bytes} bytes"
+            raise ConfigError(f"{what} take {need} MiB of memory, {free} are free: give a smaller --chunk or --mib")
+
+
+def _available_mib() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) >> 10
 
 
 def options(case: Case, address: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -15,15 +16,18 @@ from pd_connector.bench.arguments import MIB, SMALL_CHUNK_MIB
 from pd_connector.bench.case import Case
 from pd_connector.bench.transfer import Beside, limits_of, measure
 from pd_connector.errors import ConfigError, TransportUnavailable
+from pd_connector.transport.registry import load
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
     """Raises ConfigError."""
     made = []
+    for transport in arguments.transport:
+        load(transport)  # before anything is measured
     for transport, memory, chunk in product(arguments.transport, arguments.memory, arguments.chunk):
         if transport != "shm" and memory != arguments.memory[0]:
             continue  # all memory is the same to a socket
-        mib = arguments.mib or (SMALL_CHUNK_MIB if chunk <= 8192 else MIB)
+        mib = arguments.mib if arguments.mib is not None else SMALL_CHUNK_MIB if chunk <= 8192 else MIB
         case = Case(
             transport=transport,
             scope=arguments.scope,
@@ -75,6 +79,9 @@ def line(row: dict[str, Any]) -> str:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         _plotter()
+        path = arguments.plot.absolute()
+        if path.suffix not in (".png", ".svg", ".pdf") or not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"--plot {arguments.plot} cannot be written: name a .png, .svg or .pdf in your folder")
     with veth.pair() if arguments.scope == "veth" else contextlib.nullcontext():
         found = list(rows(arguments))
     if arguments.plot is not None:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 
+from pd_connector.errors import TransferFailed
 from pd_connector.memory import native
 
 DEADLINE_S = 60.0
@@ -20,7 +21,11 @@ def memory_limits(chunk_bytes: int, chunks: int, *, huge: bool) -> dict[str, flo
     if native() is None:
         return {}
     command = [sys.executable, "-m", __name__, str(chunk_bytes), str(chunks), str(int(huge))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DEADLINE_S)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DEADLINE_S)
+    except subprocess.SubprocessError as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise TransferFailed(f"the limit of {chunks} chunks of {chunk_bytes} bytes was not measured: {why}") from None
     found: dict[str, float] = json.loads(done.stdout)
     return found
 

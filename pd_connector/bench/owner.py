@@ -6,6 +6,7 @@ one that is not empty has it touch its memory first.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import subprocess
 import sys
@@ -36,7 +37,9 @@ class Owner:
     def __init__(self, case: Case) -> None:
         command = [sys.executable, "-m", __name__, msgspec.json.encode(case).decode()]
         root = Path(pd_connector.__file__).parents[1]  # found there even when the package is not installed
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, process_group=0
+        )
 
     def __enter__(self) -> Owner:
         try:
@@ -48,7 +51,8 @@ class Owner:
 
     def __exit__(self, kind: type[BaseException] | None, _: object, trace: TracebackType | None) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(OSError):  # it may have ended
+            self._process.stdin.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

@@ -18,6 +18,8 @@ from pd_connector.runtime.side_channel import SideChannel
 ROUNDS = 20
 _CONNECT_S = 3.0
 _ANSWER_S = 4.0
+_RANKS_S = 30.0
+_MOST_RANKS = 64
 _NAME = "pdc-doctor"
 
 
@@ -36,6 +38,8 @@ class Met:
 
     speaker: Greeting
     ranks: dict[int, Greeting | PDError]
+    passed_over: int = 0
+    """Ranks that were named, but were too many, or came too late, to be greeted."""
 
 
 def parse_address(text: str) -> str:
@@ -59,9 +63,12 @@ async def meet(config: Config, address: str) -> Met:
     async with _Caller(config) as caller:
         speaker = await caller.greet(address)
         ranks: dict[int, Greeting | PDError] = {}
-        for endpoint in speaker.welcome.directory:
+        directory, end = speaker.welcome.directory, time.monotonic() + _RANKS_S
+        for number, endpoint in enumerate(directory):
+            if number >= _MOST_RANKS or time.monotonic() > end:
+                return Met(speaker, ranks, len(directory) - number)
             try:
-                ranks[endpoint.rank] = greeting = await caller.greet(endpoint.address)
+                ranks[endpoint.rank] = greeting = await caller.greet(parse_address(endpoint.address))
             except PDError as error:
                 ranks[endpoint.rank] = error
                 continue

@@ -88,6 +88,9 @@ def _lost_ranks(met: Met) -> list[Row]:
     for rank, found in met.ranks.items():
         if isinstance(found, PDError):
             rows.append(Row(f"rank {rank}", State.FAIL, str(found), remedy))
+    if met.passed_over:
+        words = f"{met.passed_over} more are named and were not greeted, only the first ones within half a minute are"
+        rows.append(Row("other ranks", State.WARN, words, "give the doctor a rank's own address"))
     return rows
 
 

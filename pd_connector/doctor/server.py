@@ -27,8 +27,9 @@ MODEL = "pdc doctor"
 """Tells whoever greets us that there is test memory here, and of which shape."""
 OWNED, FOREIGN = "owned", "foreign"
 _LEASE_S = 365 * 86400.0
-_READERS = 2**31
-"""Never reached: those of this package share one name, so that the owner remembers one reader and not each of them."""
+_READERS = 10_000
+"""Those of this package share one name. Somebody who shows more than so many ends the lease, and with it the server: an
+owner remembers every name."""
 
 Announce = Callable[[str], None]
 

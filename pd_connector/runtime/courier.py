@@ -22,6 +22,8 @@ from pd_connector.transport.base import LeaseId, Status, Transport
 logger = logging.getLogger(__name__)
 
 _BATCH = 256  # completions taken per wake-up
+ATTEMPT_S = 2.0
+"""For a transport that is not the last one left: the session gives HELLO and all of them 5 s together."""
 
 
 @dataclass(slots=True)
@@ -33,6 +35,12 @@ class _Attempt:
     new_id: Callable[[], int]
     failed: dict[str, str]
     name: str = ""
+    deadline: asyncio.TimerHandle | None = None
+
+    def forget_deadline(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
 
 
 class Courier:
@@ -70,6 +78,8 @@ class Courier:
 
     def unwatch(self) -> None:
         """Take no completions any more. On the loop, before ``close``."""
+        for attempt in self._connecting.values():
+            attempt.forget_deadline()
         for transport in self._transports.values():
             self._loop.remove_reader(transport.fileno())
 
@@ -88,7 +98,8 @@ class Courier:
             case ev.Disconnect(peer):
                 name = self._peers.pop(peer, None)
                 self.reasons.pop(peer, None)
-                self._connecting = {tag: entry for tag, entry in self._connecting.items() if entry.peer != peer}
+                for tag in [tag for tag, entry in self._connecting.items() if entry.peer == peer]:
+                    self._connecting.pop(tag).forget_deadline()
                 if name is not None:
                     self._transports[name].disconnect(peer)
             case ev.PostRead():
@@ -137,6 +148,8 @@ class Courier:
         self.reasons[peer] = reasons = {**reasons, **attempt.failed}
         attempt.name = self._peers[peer] = name
         self._connecting[tag] = attempt
+        if registry.after(name) in reasons.values():  # there is another one to go to
+            attempt.deadline = self._loop.call_later(ATTEMPT_S, self._too_slow, tag)
         others = "; ".join(f"{other}: {why}" for other, why in reasons.items())
         logger.info("peer %s is read over %s (%s)", peer, name, others or "no other transport here")
         try:
@@ -145,9 +158,16 @@ class Courier:
             del self._connecting[tag]
             self._try_next(attempt, str(error))
 
+    def _too_slow(self, tag: int) -> None:
+        attempt = self._connecting.pop(tag, None)
+        if attempt is not None:
+            self._try_next(attempt, f"no connection within {ATTEMPT_S:.0f} s")
+
     def _try_next(self, attempt: _Attempt, why: str) -> None:
+        attempt.forget_deadline()
         attempt.failed[attempt.name] = why
-        self._peers.pop(attempt.peer, None)
+        if self._peers.pop(attempt.peer, None) is not None:
+            self._transports[attempt.name].disconnect(attempt.peer)
         self._connect(attempt)
 
     def _poll(self, transport: Transport) -> None:
@@ -157,6 +177,7 @@ class Courier:
                 self._feed(ev.Completed(completion.tag, completion.status, completion.detail))
                 continue
             if completion.status is Status.DONE:
+                entry.forget_deadline()
                 self._feed(ev.Connected(entry.peer, transport=entry.name))
             else:
                 self._try_next(entry, f"{completion.status} {completion.detail}")

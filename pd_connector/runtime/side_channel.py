@@ -246,7 +246,10 @@ class SideChannel:
             self._on_unreachable(address)
         else:
             lost = event["event"] == zmq.EVENT_DISCONNECTED
-            self._on_lost(address, "the peer closed it" if lost else "the peer refused our keys")
+            refused = (
+                "the peer refused our keys" if self._config.secret_key else "keys: the peer wants some, we have none"
+            )
+            self._on_lost(address, "the peer closed it" if lost else refused)
         self._loop.call_soon(self._drain_monitor, address)
 
 

@@ -334,6 +334,22 @@ class TransportConformance(Endings):
         assert os.waitstatus_to_exitcode(status) == 0, "calls that did not raise LocalProtocolError"
         mixed.settle()
 
+    def test_a_fork_that_lives_on_disturbs_nobody(self, mixed: Pair) -> None:
+        """It holds every descriptor that was open: what is closed here must be gone all the same."""
+        mixed.settle()
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        try:
+            for _ in range(5):
+                assert mixed.wait(mixed.fence()).status is Status.DONE
+                assert mixed.wait(mixed.connect()).status is Status.DONE
+                mixed.settle()
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
 
 class ProcessConformance(TransportConformance):
     """The same with the owner in another process, and what can only happen to one."""

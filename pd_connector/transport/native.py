@@ -24,7 +24,7 @@ import numpy as np
 from msgspec import Meta
 
 from pd_connector.config import Cpu
-from pd_connector.errors import LocalProtocolError, TransportUnavailable
+from pd_connector.errors import ConfigError, LocalProtocolError, TransportUnavailable
 from pd_connector.memory import MemoryKind, Pool, Region, native, order_grids, pool_at
 from pd_connector.plan import CopyPlan, Pattern
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
@@ -38,7 +38,8 @@ _REGION = struct.Struct("=QQiIQQ")
 _GRID = struct.Struct("=IIQQQQ")
 _PATTERN = struct.Struct("=5Q")
 Threads = Annotated[int, Meta(ge=0, le=64)]
-LANES_NEAR = 0.85
+FEWEST_LANES, LANES_NEAR = 2, 0.85
+"""One lane leaves half of what two move behind wherever there are two processors."""
 _NEVER = 0
 """A peer number that C never saw."""
 
@@ -73,8 +74,11 @@ class NativeTransport(Transport):
         self._numbers = count(_NEVER + 1)
         self._packed: tuple[tuple[Pattern, ...], bytes] = ((), b"")
         self._registered: list[object] = []  # reads may still write into memory that was unregistered
-        threads = parsed.threads or self._worthwhile(parsed.cpus)
+        absent = [cpu for cpu in parsed.cpus if not os.path.exists(f"/sys/devices/system/cpu/cpu{cpu}")]
+        if absent:
+            raise ConfigError(f"transport {self.name!r}: this host has no processor {', '.join(map(str, absent))}")
         try:
+            threads = parsed.threads or self._worthwhile(parsed.cpus)
             listen = _addresses(self.name, parsed) if isinstance(parsed, TcpOptions) else ("", "", 0)
             cpus = np.array(parsed.cpus, np.intc)
             self._handle = self._native.open(self.backend, threads, cpus, parsed.pin, *listen)
@@ -250,8 +254,8 @@ def lanes_here(cpus: tuple[int, ...]) -> int:
     """How many lanes of tcp are worth having on these processors (none: on all), by trying once per process: bare TCP
     over the loopback knows what the processors can do, not what a network can."""
     most = _processors(cpus)
-    if most == 1:
-        return 1
+    if most <= FEWEST_LANES:
+        return most
     figures = _require(TcpTransport.name).tcp_lanes(np.array(cpus, np.intc), most)
     chosen = choose_lanes(figures)
     words = ", ".join(f"{lanes}: {gbps:.1f} GB/s" for lanes, gbps in figures)
@@ -262,7 +266,7 @@ def lanes_here(cpus: tuple[int, ...]) -> int:
 def choose_lanes(figures: Sequence[tuple[int, float]]) -> int:
     """The fewest lanes that come near the best, of (lanes, GB/s), fewest first: each is a thread and a connection."""
     best = max(gbps for _, gbps in figures)
-    return next(lanes for lanes, gbps in figures if gbps >= LANES_NEAR * best)
+    return next(lanes for lanes, gbps in figures if lanes >= FEWEST_LANES and gbps >= LANES_NEAR * best)
 
 
 def _processors(cpus: tuple[int, ...]) -> int:

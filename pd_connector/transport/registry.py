@@ -119,11 +119,16 @@ def choose(
         elif chosen is None:
             chosen = name
         else:
-            reasons[name] = f"{chosen} comes first"
+            reasons[name] = after(chosen)
     reasons |= {name: "not started here" for name in remote if name not in order}
     if chosen is None:
         raise TransportUnavailable("auto", _sentence(reasons) or "neither side offers any")
     return chosen, reasons
+
+
+def after(chosen: str) -> str:
+    """The reason against a transport that would do too."""
+    return f"{chosen} comes first"
 
 
 def _named(wanted: str | Sequence[str]) -> list[str]:

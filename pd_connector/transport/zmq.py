@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import cache
 from typing import Any, ClassVar
 
 import msgspec
@@ -43,9 +44,11 @@ _KEEP = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20))
 """Where glibc's own adjustment ends once a program has freed 32 MiB in one piece (mallopt(3))."""
 
 
+@cache
 def _keep_freed_memory() -> None:
-    """libzmq allocates every frame it receives. Without this, malloc gives them back to the kernel, which clears their
-    pages for the next ones: 10,000 to 40,000 page faults, a third of the time of a 235 MB read on one core."""
+    """For the whole process, once it reads over ZeroMQ. libzmq allocates every frame it receives. Without this, malloc
+    gives them back to the kernel, which clears their pages for the next ones: 10,000 to 40,000 page faults, a third of
+    the time of a 235 MB read on one core."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such knobs
     if mallopt is not None:
         for knob, value in _KEEP:
@@ -67,7 +70,6 @@ class ZmqTransport(Transport):
         self._unusable: str | None = None
         self._stop = False
         started: Future[None] = Future()
-        _keep_freed_memory()
         # A daemon: an agent that nobody closed must not keep its process alive.
         self._thread = threading.Thread(target=self._main, args=(started,), name=f"pd-zmq-{agent}", daemon=True)
         self._thread.start()
@@ -117,6 +119,7 @@ class ZmqTransport(Transport):
             self._tags.finish(tag, Status.ERROR, f"peer {peer}: {error}")
             return
         self._tags.open(tag)
+        _keep_freed_memory()
         self._submit(lambda: self._reader.connect(peer, where, tag))
 
     def disconnect(self, peer: PeerId) -> None:

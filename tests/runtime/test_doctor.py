@@ -375,7 +375,9 @@ def test_keys(tmp_path: Path) -> None:
         assert "keys" in refused(address)
         plain = address.partition("#")[0]
         assert "keys" in refused(plain, "--config", here)
-        assert "If it has keys" in refused(plain)
+        words = refused(plain)
+        assert "keys" in words
+        assert "allowed_keys" not in words, "we have none that could be added there"
         assert "add our public_key to its allowed_keys" in refused(address, "--config", stranger)
         wrong = f"{plain}#{z85.decode(strange[0].encode()).hex()}"
         assert "not in allowed_keys" in refused(wrong, "--config", here)

@@ -13,11 +13,12 @@ from pd_connector.transport.base import Status
 
 BLOCKS, BYTES = 8, 4096
 REFUSES = Rule(action="fail", on="connect", status=Status.PEER_LOST)
+SILENT = Rule(action="drop", on="connect")
 
 
-def reader(*transports: str) -> Agent:
+def reader(*transports: str, rule: Rule = REFUSES) -> Agent:
     """One whose inproc never connects."""
-    options = {"faulty": {"inner": "inproc", "script": FaultScript([REFUSES])}}
+    options = {"faulty": {"inner": "inproc", "script": FaultScript([rule])}}
     return Agent(Config(transport=transports, transport_options=options), name="D")
 
 
@@ -38,6 +39,30 @@ async def test_the_next_best_is_tried_and_the_reason_kept(caplog: pytest.LogCapt
     lines = [record.getMessage() for record in caplog.records if " is read over " in record.getMessage()]
     assert ["over inproc" in line for line in lines] == [True, False], lines
     assert "inproc: peer_lost" in lines[1]
+
+
+async def test_one_that_never_answers_is_given_up_in_time_for_the_next() -> None:
+    source = np.random.default_rng(3).integers(1, 255, (2, BLOCKS, BYTES), np.uint8)
+    target = np.zeros_like(source)
+    async with Agent(Config(transport=("inproc", "zmq")), name="P") as p, reader("faulty", "zmq", rule=SILENT) as d:
+        p.register(list(source))
+        d.register(list(target))
+        stats = await d.pull(p.lease([0, 1, 2]), [5, 6, 7])
+        assert stats.transport == "zmq"
+        assert (target[:, 5:] == source[:, :3]).all()
+        (reasons,) = d.transport_reasons().values()
+        assert reasons == {"inproc": "no connection within 2 s"}
+        assert d._courier is not None
+        assert not d._courier._transports["inproc"]._jobs, "the attempt was not ended"  # type: ignore[attr-defined]
+
+
+async def test_the_last_one_has_all_the_time_of_the_session() -> None:
+    memory = np.ones((2, BLOCKS, BYTES), np.uint8)
+    async with Agent(Config(transport=("inproc",)), name="P") as p, reader("faulty", rule=SILENT) as d:
+        p.register(list(memory))
+        d.register(list(memory.copy()))
+        with pytest.raises(TransferFailed, match="did not finish connecting a transport within 5 s"):
+            await d.pull(p.lease([0]), [0], timeout=10)
 
 
 async def test_a_peer_that_no_transport_reaches_is_given_up_with_every_reason() -> None:
