@@ -135,11 +135,16 @@ def hand_over(p: Instance, d: Instance, tokens: int, seed: int) -> dict[str, flo
     }
 
 
+def small_cache(tokens: int) -> list[str]:
+    """Options of vLLM for a cache of one request and SPARE_BLOCKS."""
+    blocks = -(-tokens // BLOCK_TOKENS) + SPARE_BLOCKS
+    return ["--num-gpu-blocks-override", str(blocks), "--max-model-len", str(tokens + BLOCK_TOKENS)]
+
+
 def measure(transport: str, rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
     model = build_model(directory / "model", WIDE_KV)
     extra = {"transport": transport}
-    cache = ["--num-gpu-blocks-override", str(-(-tokens // BLOCK_TOKENS) + SPARE_BLOCKS)]
-    cache += ["--max-model-len", str(tokens + BLOCK_TOKENS)]
+    cache = small_cache(tokens)
     p = vllm_instance("P", model, directory / "p.log", role="kv_producer", core=0, extra=extra, arguments=cache)
     d = vllm_instance("D", model, directory / "d.log", role="kv_consumer", core=1, extra=extra, arguments=cache)
     block_bytes = BLOCK_TOKENS * WIDE_KV.kv_bytes_per_token // WIDE_KV.layers

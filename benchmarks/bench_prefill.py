@@ -29,7 +29,7 @@ from typing import Any
 
 import machine
 import numpy as np
-from bench_handover import BLOCK_TOKENS, READY_SECONDS, SPARE_BLOCKS, cpu_seconds
+from bench_handover import READY_SECONDS, cpu_seconds, small_cache
 
 from pd_connector import Agent
 from pd_connector.demo.instance import Instance, vllm_instance
@@ -43,8 +43,7 @@ HERE = Path(__file__).parent
 def instances(directory: Path) -> tuple[Instance, Instance]:
     """(without, with) the connector."""
     model = build_model(directory / "model", WIDE_KV)
-    more = ["--num-gpu-blocks-override", str(-(-TOKENS // BLOCK_TOKENS) + SPARE_BLOCKS), "--no-enable-prefix-caching"]
-    more += ["--max-model-len", str(TOKENS + BLOCK_TOKENS)]
+    more = [*small_cache(TOKENS), "--no-enable-prefix-caching"]
     transfer = {
         "kv_connector": "TimedConnector",
         "kv_connector_module_path": "timed_connector",

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from bench_handover import BLOCK_TOKENS, READY_SECONDS, SPARE_BLOCKS
-from nixl_instance import P_LEG, nixl_instance
+from bench_handover import READY_SECONDS, small_cache
+from nixl_instance import nixl_instance
 
 from pd_connector.demo.instance import Instance, vllm_instance
 from pd_connector.demo.model import WIDE_KV, build_model
+from pd_connector.router.order import PREFILL_TICKET
 
 TOKENS = 4096
 
@@ -85,8 +86,7 @@ class Pair:
 
 def pairs(directory: Path) -> list[tuple[str, Pair]]:
     model = build_model(directory / "model", WIDE_KV)
-    cache = ["--num-gpu-blocks-override", str(-(-TOKENS // BLOCK_TOKENS) + SPARE_BLOCKS)]
-    cache += ["--max-model-len", str(TOKENS + BLOCK_TOKENS)]
+    cache = small_cache(TOKENS)
     roles = (("P", "kv_producer", 0), ("D", "kv_consumer", 1))
     dev = {"VLLM_SERVER_DEV_MODE": "1"}
     ours = [
@@ -97,7 +97,7 @@ def pairs(directory: Path) -> list[tuple[str, Pair]]:
     made = [("pd_connector", Pair(ours[0], ours[1], {"do_remote_decode": True}, names))]
     theirs = [nixl_instance(f"nixl-{name}", model, directory, role, core, cache) for name, role, core in roles]
     names = "vllm:nixl_bytes_transferred_sum", "vllm:nixl_xfer_time_seconds_sum"
-    made.append(("nixl", Pair(theirs[0], theirs[1], P_LEG, names)))
+    made.append(("nixl", Pair(theirs[0], theirs[1], PREFILL_TICKET, names)))
     return made
 
 

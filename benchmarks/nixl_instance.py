@@ -9,15 +9,6 @@ from rivals import venvs
 
 from pd_connector.demo.instance import Instance, free_port, vllm_instance
 
-P_LEG = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
-
 
 def libraries(directory: Path) -> Path:
     """A folder with NIXL and nothing else of its environment, whose numpy is not vLLM's. Raises FileNotFoundError."""

@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except PDError as error:
         # Some messages end with the tail of a log, or quote a peer; here an error is always one line of plain text.
-        words = "".join(letter if letter.isprintable() else "?" for letter in " | ".join(str(error).splitlines()))
-        print(f"pdc {arguments.command}: {words}", file=sys.stderr)
+        from pd_connector.doctor.report import printable
+
+        print(f"pdc {arguments.command}: {printable(' | '.join(str(error).splitlines()))}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -35,7 +35,7 @@ def limits_of(case: Case) -> Mapping[str, float]:
 
 def measure(case: Case, beside: Beside = limits_of) -> dict[str, Any]:
     """One case as a row: GB/s of ours (median, min, max), the medians of what it ran beside and the ratios to them, and
-    CPU seconds of both ends. Raises TransportUnavailable, TransferFailed, RuntimeError for wrong bytes."""
+    CPU seconds of both ends. Raises TransportUnavailable, TransferFailed (also for wrong bytes)."""
     gbps: list[float] = []
     others: list[Mapping[str, float]] = []
     cpu, num_bytes = 0.0, case.chunks * case.chunk_bytes

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pd_connector.memory import BlockGrid, Pool, Region
-from pd_connector.plan import CopyPlan, Pattern, coalesce
+from pd_connector.errors import TransferFailed
+from pd_connector.memory import BlockGrid, Pool, Region, order_grids
+from pd_connector.plan import CopyPlan, WholeBlocks
 
 GRIDS = 56
 """28 layers x (K, V)."""
@@ -60,7 +61,7 @@ class Work:
         whole.fill()
         self._expected = whole.by_block()
         self._random = np.random.default_rng()
-        self._patterns = tuple(Pattern(grid, grid, 0, 0, mine.chunk_bytes) for grid in range(GRIDS))
+        self._planner = WholeBlocks(order_grids([mine.region]), 0)
         self._ids: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
 
     def draw(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -73,16 +74,15 @@ class Work:
 
     def plan(self) -> CopyPlan:
         """``draw`` as a plan."""
-        source, target = self.draw()
-        return CopyPlan(coalesce(source.tolist(), target.tolist()), self._patterns)
+        return self._planner.plan(*self.draw())
 
     def check(self) -> None:
-        """Raises RuntimeError unless every byte of the last read is what it must be, and no other byte was written."""
+        """Raises TransferFailed unless every byte of the last read is right, and no other one was written."""
         assert self._ids is not None
         source, target = self._ids
         mine = self._mine.by_block()
         if not (mine[:, target] == self._expected[:, source]).all():
-            raise RuntimeError("wrong bytes")
+            raise TransferFailed("wrong bytes")
         others = np.setdiff1d(np.arange(2 * self._mine.blocks), target)
         if not (mine[:, others] == 0xA5).all():
-            raise RuntimeError("bytes were written outside of the read's blocks")
+            raise TransferFailed("bytes were written outside of the read's blocks")

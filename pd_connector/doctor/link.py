@@ -78,7 +78,7 @@ class Link:
     def _check(self, target: Target) -> None:
         try:
             target.work.check()
-        except RuntimeError as error:
+        except TransferFailed as error:
             raise TransferFailed(f"{self._transport.name}: {error}: do not use it, and report it") from error
 
     def _latency(self, target: Target, plan: CopyPlan) -> float:

@@ -87,10 +87,11 @@ class Report:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """One line for the heads, then one per row. The last column is as wide as it likes: a terminal wraps it. What a
     peer says of itself cannot move the cursor or add a line."""
-    lines = [heads, *([_printable(cell) for cell in row] for row in rows)]
+    lines = [heads, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads) - 1)]
     return ["  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in lines]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Without anything that a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

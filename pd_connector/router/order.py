@@ -12,7 +12,7 @@ from pd_connector.router.faults import bad_request
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
-_PREFILL_TICKET = {
+PREFILL_TICKET = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
     "remote_engine_id": None,
@@ -36,7 +36,7 @@ class Choice:
     def prefill_body(self) -> bytes:
         """The prefill leg: the same prompt, one token, nothing streamed, KV kept for a remote decode."""
         body = {key: value for key, value in self.body.items() if key not in ("stream_options", "min_tokens")}
-        body |= {"max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": _PREFILL_TICKET}
+        body |= {"max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": PREFILL_TICKET}
         if self.path == CHAT or "max_completion_tokens" in body:
             body["max_completion_tokens"] = 1
         return orjson.dumps(body)

@@ -12,6 +12,7 @@ import pytest
 from pd_connector.bench.case import Case
 from pd_connector.bench.transfer import measure, pair
 from pd_connector.bench.work import Cache, Work
+from pd_connector.errors import TransferFailed
 from pd_connector.memory import native
 from pd_connector.transport.native import choose_lanes, lanes_here
 
@@ -89,7 +90,7 @@ def test_a_wrong_byte_is_noticed() -> None:
         both.read()  # the control
         work = both._work
         work.plan()  # the destination is poisoned, and nothing is read
-        with pytest.raises(RuntimeError, match="wrong bytes"):
+        with pytest.raises(TransferFailed, match="wrong bytes"):
             work.check()
 
 
@@ -101,7 +102,7 @@ def test_a_byte_outside_of_the_read_is_noticed() -> None:
     work.check()  # the control
     other = next(block for block in range(8) if block not in target)
     mine.by_block()[3, other, 5] ^= 1
-    with pytest.raises(RuntimeError, match="outside"):
+    with pytest.raises(TransferFailed, match="outside"):
         work.check()
 
 
