@@ -31,8 +31,8 @@ typedef struct {
     uint64_t bytes;
 } pd_slice;
 
-/* A read that a slice of it was taken of, as its taker names it to the core. */
-typedef struct op pd_taken;
+/* A slice that was taken, as its taker names it to the core. */
+typedef struct pd_taken pd_taken;
 
 typedef struct pd_backend {
     const char *name;
@@ -66,7 +66,7 @@ typedef struct pd_backend {
  * taken must be given back, once nothing of it writes any more. */
 pd_taken *pd_take(pd_transport *core, uint64_t peer, pd_piece *pieces, pd_slice *slice);
 bool pd_wanted(pd_transport *core, const pd_taken *taken); /* its read has not ended */
-void pd_give(pd_transport *core, pd_taken *taken, uint64_t bytes, pd_status status, const char *words);
+void pd_give(pd_transport *core, pd_taken *taken, pd_status status, const char *words);
 void pd_dialled(pd_transport *core, uint64_t peer, pd_status status, const char *words);
 void pd_lost(pd_transport *core, uint64_t peer, const char *words);
 void pd_retain(pd_memory *memory);

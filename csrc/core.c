@@ -87,6 +87,11 @@ void pd_close(pd_transport *transport)
         if (transport->tags.entries[i].value)
             op_free(transport->tags.entries[i].value);
     pthread_mutex_unlock(&transport->lock);
+    for (pd_taken *each = transport->unused, *next; each; each = next) {
+        next = each->next;
+        free(each->buffer);
+        free(each);
+    }
     free(transport->tags.entries);
     free(transport->peers.entries);
     if (transport->own)
@@ -204,25 +209,26 @@ int pd_disconnect(pd_transport *transport, uint64_t number)
 }
 
 /* The operation of a read whose plan fits; NULL after pd_fail. */
-static op *open_read(pd_transport *transport, const pd_lease *lease, const pd_run *runs, size_t num_runs,
-                     const pd_pattern *patterns, size_t num_patterns, uint64_t tag)
+static op *open_read(pd_transport *transport, const pd_lease *lease, const pd_plan *plan, uint64_t tag)
 {
+    if (!plan->src_step || !plan->dst_step)
+        return pd_fail(EINVAL, "a plan without a step"), NULL;
     if (lease->capability_bytes > PD_MAX_CAPABILITY)
         return pd_fail(EINVAL, "a capability has at most %d bytes", PD_MAX_CAPABILITY), NULL;
     op *read = op_open(transport, READ, tag);
     if (!read)
         return NULL;
-    read->runs = duplicate(runs, num_runs, sizeof *runs);
-    read->patterns = duplicate(patterns, num_patterns, sizeof *patterns);
-    read->num_runs = num_runs;
-    read->num_patterns = num_patterns;
+    read->runs = duplicate(plan->runs, plan->num_runs, sizeof *plan->runs);
+    read->patterns = duplicate(plan->patterns, plan->num_patterns, sizeof *plan->patterns);
+    read->num_runs = plan->num_runs, read->num_patterns = plan->num_patterns;
+    read->src_step = plan->src_step, read->dst_step = plan->dst_step;
     read->lease = *lease;
     if (lease->capability_bytes)
         memcpy(read->capability, lease->capability, lease->capability_bytes);
     read->lease.capability = read->capability;
     bool fits = read->runs && read->patterns;
     if (!fits)
-        pd_fail(ENOMEM, "no memory for a plan of %zu runs", num_runs);
+        pd_fail(ENOMEM, "no memory for a plan of %zu runs", plan->num_runs);
     if (!fits || check_plan(transport->memory, read, &read->left)) {
         op_free(pd_table_remove(&transport->tags, tag));
         return NULL;
@@ -230,11 +236,11 @@ static op *open_read(pd_transport *transport, const pd_lease *lease, const pd_ru
     return read;
 }
 
-int pd_post_read(pd_transport *transport, uint64_t peer_number, const pd_lease *lease, const pd_run *runs,
-                 size_t num_runs, const pd_pattern *patterns, size_t num_patterns, uint64_t tag, int priority)
+int pd_post_read(pd_transport *transport, uint64_t peer_number, const pd_lease *lease, const pd_plan *plan, uint64_t tag,
+                 int priority)
 {
     pthread_mutex_lock(&transport->lock);
-    op *read = open_read(transport, lease, runs, num_runs, patterns, num_patterns, tag);
+    op *read = open_read(transport, lease, plan, tag);
     peer *owner = read ? pd_table_get(&transport->peers, peer_number) : NULL;
     if (read && !read->left) {
         read->end.status = PD_DONE;

@@ -48,8 +48,9 @@ typedef struct op {
     pd_run *runs;
     pd_pattern *patterns;
     size_t num_runs, num_patterns;
-    size_t pattern, run; /* with block and byte the cursor: what comes next */
-    uint64_t block, byte;
+    uint32_t src_step, dst_step;
+    size_t pattern, run; /* with block, place and byte the cursor: what comes next */
+    uint64_t block, place, byte;
     uint64_t left; /* bytes that no finished slice has copied */
     /* CONNECT */
     unsigned char *remote;
@@ -57,6 +58,20 @@ typedef struct op {
     /* FENCE */
     size_t waiting; /* reads that were settling then and still are */
 } op;
+
+/* A slice that somebody is inside of. Runs too short to be read one by one come as whole spans of source blocks into a
+ * buffer, and are put in their places when all of it is there. */
+struct pd_taken {
+    struct pd_taken *next; /* among the unused */
+    op *read;
+    uint64_t bytes; /* of the destination */
+    size_t spans;
+    struct {
+        const pd_pattern *pattern;
+        unsigned char *dst; /* where the pattern's first run goes */
+    } span[PD_SLICE_PIECES];
+    unsigned char *buffer; /* PD_SLICE_BYTES; made when first needed */
+};
 
 struct pd_transport {
     const pd_backend *backend;
@@ -72,6 +87,7 @@ struct pd_transport {
     pd_table peers, tags;
     op *queues[PRIORITIES]; /* rings: the head's previous is the tail */
     op *done, **done_tail;
+    pd_taken *unused;
     pd_options options;
     int *cpus;
     pthread_t threads[MAX_THREADS];
@@ -84,7 +100,8 @@ void *duplicate(const void *data, size_t count, size_t size);
 pd_memory *memory_make(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
 int check_grids(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
 int check_plan(const pd_memory *memory, const op *read, uint64_t *total);
-uint64_t cut(op *read, pd_piece *pieces, size_t *count);
+uint64_t cut(op *read, pd_taken *taken, pd_piece *pieces, size_t *count);
+void scatter(const pd_taken *taken);
 
 /* reads.c, all under the lock */
 op *op_open(pd_transport *transport, op_kind kind, uint64_t tag);

@@ -240,16 +240,18 @@ static PyObject *post_read(PyObject *self, PyObject *args)
     PyObject *capsule;
     unsigned long long peer, number, epoch, tag;
     Py_buffer capability, runs, patterns;
+    unsigned int src_step, dst_step;
     int priority;
-    if (!PyArg_ParseTuple(args, "OKKKy*y*y*Ki:post_read", &capsule, &peer, &number, &epoch, &capability, &runs, &patterns,
-                          &tag, &priority))
+    if (!PyArg_ParseTuple(args, "OKKKy*y*y*IIKi:post_read", &capsule, &peer, &number, &epoch, &capability, &runs, &patterns,
+                          &src_step, &dst_step, &tag, &priority))
         return NULL;
     pd_transport *transport = transport_of(capsule);
     int error = 0;
     if (transport) {
         pd_lease lease = {number, epoch, capability.buf, (size_t)capability.len};
-        error = pd_post_read(transport, peer, &lease, runs.buf, (size_t)runs.len / sizeof(pd_run), patterns.buf,
-                             (size_t)patterns.len / sizeof(pd_pattern), tag, priority);
+        pd_plan plan = {runs.buf, patterns.buf, (size_t)runs.len / sizeof(pd_run),
+                        (size_t)patterns.len / sizeof(pd_pattern), src_step, dst_step};
+        error = pd_post_read(transport, peer, &lease, &plan, tag, priority);
     }
     PyBuffer_Release(&capability);
     PyBuffer_Release(&runs);
@@ -351,7 +353,8 @@ static PyMethodDef methods[] = {
     {"connect", connect_, METH_VARARGS, "connect(handle, peer, name, remote, tag)"},
     {"disconnect", disconnect, METH_VARARGS, "disconnect(handle, peer)"},
     {"post_read", post_read, METH_VARARGS,
-     "post_read(handle, peer, number, epoch, capability, runs, patterns, tag, priority), packed as in pd.h"},
+     "post_read(handle, peer, number, epoch, capability, runs, patterns, src_step, dst_step, tag, priority), packed as in "
+     "pd.h"},
     {"cancel", cancel, METH_VARARGS, "cancel(handle, tag)"},
     {"fence", fence, METH_VARARGS, "fence(handle, peer, tag)"},
     {"poll", poll_, METH_VARARGS, "poll(handle, limit) -> [(tag, status, words)], at most 64"},

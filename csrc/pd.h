@@ -49,9 +49,21 @@ typedef struct {
     uint32_t src_block, dst_block, count;
 } pd_run;
 
-typedef struct {
+enum { PD_DIMS = 3 };
+
+typedef struct { /* `bytes` of every block, and again for each place of the dimensions, outermost first; unused: count 1 */
     uint64_t src_grid, dst_grid, src_offset, dst_offset, bytes;
+    struct {
+        uint64_t count, src_stride, dst_stride;
+    } dims[PD_DIMS];
 } pd_pattern;
+
+typedef struct { /* every pattern of every run; a side advances by its step from block to block of a run */
+    const pd_run *runs;
+    const pd_pattern *patterns;
+    size_t num_runs, num_patterns;
+    uint32_t src_step, dst_step;
+} pd_plan;
 
 typedef struct {
     const uint32_t *ids;
@@ -97,8 +109,8 @@ int pd_revoke(pd_transport *transport, uint64_t number, uint64_t epoch);
 int pd_connect(pd_transport *transport, uint64_t peer, const char *name, const unsigned char *remote, size_t bytes,
                uint64_t tag);
 int pd_disconnect(pd_transport *transport, uint64_t peer);
-int pd_post_read(pd_transport *transport, uint64_t peer, const pd_lease *lease, const pd_run *runs, size_t num_runs,
-                 const pd_pattern *patterns, size_t num_patterns, uint64_t tag, int priority);
+int pd_post_read(pd_transport *transport, uint64_t peer, const pd_lease *lease, const pd_plan *plan, uint64_t tag,
+                 int priority);
 int pd_cancel(pd_transport *transport, uint64_t tag);
 int pd_fence(pd_transport *transport, uint64_t peer, uint64_t tag);
 int pd_poll(pd_transport *transport, pd_completion *out, int limit); /* completions written */

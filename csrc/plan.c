@@ -58,6 +58,22 @@ int check_grids(const pd_region *regions, size_t num_regions, const pd_grid *gri
     return 0;
 }
 
+/* Bytes from the first to behind the last of a pattern on each side, and those in between that it moves; false when they
+ * are too many to be. */
+static bool measure(const pd_pattern *pattern, uint64_t *src_span, uint64_t *dst_span, uint64_t *bytes)
+{
+    *src_span = *dst_span = *bytes = pattern->bytes;
+    for (int i = 0; i < PD_DIMS; i++) {
+        uint64_t count = pattern->dims[i].count, src, dst;
+        if (!count || __builtin_mul_overflow(count - 1, pattern->dims[i].src_stride, &src) ||
+            __builtin_mul_overflow(count - 1, pattern->dims[i].dst_stride, &dst) ||
+            __builtin_add_overflow(*src_span, src, src_span) || __builtin_add_overflow(*dst_span, dst, dst_span) ||
+            __builtin_mul_overflow(*bytes, count, bytes) || *bytes >= 1ull << 48 || *src_span >= 1ull << 48)
+            return false;
+    }
+    return true;
+}
+
 /* Every destination byte lies in a block registered here, none is written twice by two runs as far as counting can tell,
  * and the source is one that some owner could have. The number of bytes goes to `total`. */
 int check_plan(const pd_memory *memory, const op *read, uint64_t *total)
@@ -67,25 +83,27 @@ int check_plan(const pd_memory *memory, const op *read, uint64_t *total)
         const pd_run *run = &read->runs[i];
         if (!run->count)
             return pd_fail(EINVAL, "a run of a plan has no blocks");
-        if ((uint64_t)run->src_block + run->count > (uint64_t)UINT32_MAX + 1)
+        if (run->src_block + (run->count - 1ull) * read->src_step > UINT32_MAX)
             return pd_fail(EINVAL, "a run of the plan ends beyond block 2**32-1 of its source");
         blocks += run->count;
-        if ((uint64_t)run->dst_block + run->count > last)
-            last = (uint64_t)run->dst_block + run->count;
+        if (run->dst_block + (run->count - 1ull) * read->dst_step + 1 > last)
+            last = run->dst_block + (run->count - 1ull) * read->dst_step + 1;
     }
     for (size_t i = 0; i < read->num_patterns; i++) {
         const pd_pattern *pattern = &read->patterns[i];
-        if (pattern->src_grid >= 1ull << 48 || pattern->src_offset >= 1ull << 48)
-            return pd_fail(EINVAL, "a pattern of the plan has an impossible source grid or offset");
+        uint64_t src_span, dst_span, bytes;
+        if (pattern->src_grid >= 1ull << 48 || pattern->src_offset >= 1ull << 48 ||
+            !measure(pattern, &src_span, &dst_span, &bytes))
+            return pd_fail(EINVAL, "a pattern of the plan has an impossible source grid, offset or dimension");
         if (!read->num_runs)
             continue;
         if (pattern->dst_grid >= memory->num_grids)
             return pd_fail(EINVAL, "the plan does not fit the memory registered here: grid %llu does not exist",
                            (unsigned long long)pattern->dst_grid);
         const pd_grid *grid = &memory->grids[pattern->dst_grid];
-        if (!pattern->bytes || pattern->bytes > grid->block_bytes || pattern->dst_offset > grid->block_bytes - pattern->bytes)
+        if (!pattern->bytes || dst_span > grid->block_bytes || pattern->dst_offset > grid->block_bytes - dst_span)
             return pd_fail(EINVAL, "the plan does not fit the memory registered here: %llu bytes at %llu of a block of %llu",
-                           (unsigned long long)pattern->bytes, (unsigned long long)pattern->dst_offset,
+                           (unsigned long long)dst_span, (unsigned long long)pattern->dst_offset,
                            (unsigned long long)grid->block_bytes);
         if (last > grid->num_blocks)
             return pd_fail(EINVAL, "the plan does not fit the memory registered here: block %llu of grid %llu of %llu",
@@ -94,48 +112,150 @@ int check_plan(const pd_memory *memory, const op *read, uint64_t *total)
         if (blocks > grid->num_blocks)
             return pd_fail(EINVAL, "the plan writes %llu blocks into %llu: one is named twice", (unsigned long long)blocks,
                            (unsigned long long)grid->num_blocks);
-        per_block += pattern->bytes;
+        per_block += bytes;
     }
     *total = blocks * per_block;
     return 0;
 }
 
-/* The next slice of a read: its pieces, and their bytes as the return value; 0 when all of it was handed out. */
-uint64_t cut(op *read, pd_piece *pieces, size_t *count)
+/* --- slices ------------------------------------------------------------------------------------------------------- */
+
+enum { DIRECT_BYTES = 2048 }; /* shorter runs cost more to ask for one by one than all that lies between them */
+
+static uint64_t places(const pd_pattern *pattern)
+{
+    return pattern->dims[0].count * pattern->dims[1].count * pattern->dims[2].count;
+}
+
+/* How far on each side a place of the dimensions lies from the first. */
+static void locate(const pd_pattern *pattern, uint64_t place, uint64_t *src, uint64_t *dst)
+{
+    *src = *dst = 0;
+    for (int i = PD_DIMS - 1; place; i--) {
+        uint64_t at = place % pattern->dims[i].count;
+        place /= pattern->dims[i].count;
+        *src += at * pattern->dims[i].src_stride, *dst += at * pattern->dims[i].dst_stride;
+    }
+}
+
+/* Bytes of a source block to read at once for a pattern of short runs; 0: its runs are read one by one. */
+static uint64_t span_of(const pd_pattern *pattern)
+{
+    uint64_t src, dst, bytes;
+    if (pattern->bytes >= DIRECT_BYTES || places(pattern) == 1)
+        return 0;
+    measure(pattern, &src, &dst, &bytes);
+    return src <= PD_SLICE_BYTES ? src : 0;
+}
+
+static unsigned char *destination(const op *read, const pd_pattern *pattern)
+{
+    const pd_grid *grid = &read->memory->grids[pattern->dst_grid];
+    uint64_t block = read->runs[read->run].dst_block + read->block * read->dst_step;
+    return (unsigned char *)(uintptr_t)read->memory->regions[grid->region].address + grid->offset +
+           block * grid->block_stride + pattern->dst_offset;
+}
+
+static void advance(op *read, uint64_t blocks)
+{
+    read->place = read->byte = 0;
+    read->block += blocks;
+    if (read->block < read->runs[read->run].count)
+        return;
+    read->block = 0;
+    if (++read->run == read->num_runs) {
+        read->run = 0;
+        read->pattern++;
+    }
+}
+
+static uint64_t cut_runs(op *read, pd_taken *taken, pd_piece *pieces, size_t *count)
 {
     uint64_t total = 0;
-    *count = 0;
     while (read->pattern < read->num_patterns && total < PD_SLICE_BYTES && *count < PD_SLICE_PIECES) {
         const pd_pattern *pattern = &read->patterns[read->pattern];
         const pd_run *run = &read->runs[read->run];
-        const pd_grid *grid = &read->memory->grids[pattern->dst_grid];
-        uint64_t room = PD_SLICE_BYTES - total, bytes = pattern->bytes - read->byte, blocks = 1;
-        if (read->byte || bytes > room)
+        if (span_of(pattern))
+            break;
+        uint64_t room = PD_SLICE_BYTES - total, bytes = pattern->bytes - read->byte, blocks = 1, src, dst;
+        bool whole = !read->byte && bytes <= room, single = places(pattern) == 1;
+        if (!whole)
             bytes = bytes < room ? bytes : room;
-        else if (grid->block_stride == bytes)
+        else if (single && read->src_step == 1 &&
+                 read->memory->grids[pattern->dst_grid].block_stride * read->dst_step == bytes)
             blocks = run->count - read->block < room / bytes ? run->count - read->block : room / bytes;
+        locate(pattern, read->place, &src, &dst);
         pieces[(*count)++] = (pd_piece){
             .grid = pattern->src_grid,
-            .block = run->src_block + read->block,
-            .blocks = blocks,
-            .offset = pattern->src_offset + read->byte,
+            .block = (uint32_t)(run->src_block + read->block * read->src_step),
+            .blocks = (uint32_t)blocks,
+            .offset = pattern->src_offset + src + read->byte,
             .bytes = bytes,
-            .dst = (unsigned char *)(uintptr_t)read->memory->regions[grid->region].address + grid->offset +
-                   (run->dst_block + read->block) * grid->block_stride + pattern->dst_offset + read->byte,
+            .dst = destination(read, pattern) + dst + read->byte,
         };
         total += bytes * blocks;
         read->byte += bytes;
         if (read->byte < pattern->bytes && blocks == 1)
             continue;
         read->byte = 0;
-        read->block += blocks;
-        if (read->block == run->count) {
-            read->block = 0;
-            if (++read->run == read->num_runs) {
-                read->run = 0;
-                read->pattern++;
-            }
-        }
+        if (++read->place == places(pattern))
+            advance(read, blocks);
+    }
+    taken->bytes = total;
+    return total;
+}
+
+static uint64_t cut_spans(op *read, pd_taken *taken, pd_piece *pieces, size_t *count)
+{
+    uint64_t total = 0, span;
+    taken->bytes = 0;
+    while (read->pattern < read->num_patterns && taken->spans < PD_SLICE_PIECES) {
+        const pd_pattern *pattern = &read->patterns[read->pattern];
+        if (!(span = span_of(pattern)) || span > PD_SLICE_BYTES - total)
+            break;
+        uint32_t block = (uint32_t)(read->runs[read->run].src_block + read->block * read->src_step);
+        pd_piece *last = *count ? &pieces[*count - 1] : NULL;
+        if (last && last->grid == pattern->src_grid && last->offset == pattern->src_offset && last->bytes == span &&
+            last->block + last->blocks == block)
+            last->blocks++;
+        else
+            pieces[(*count)++] = (pd_piece){pattern->src_grid, pattern->src_offset, span, block, 1, taken->buffer + total};
+        taken->span[taken->spans].pattern = pattern;
+        taken->span[taken->spans++].dst = destination(read, pattern);
+        taken->bytes += pattern->bytes * places(pattern);
+        total += span;
+        advance(read, 1);
     }
     return total;
+}
+
+/* The next slice of a read: its pieces, and their bytes as the return value; 0 without memory for a buffer. There is
+ * something left to cut. */
+uint64_t cut(op *read, pd_taken *taken, pd_piece *pieces, size_t *count)
+{
+    *count = taken->spans = 0;
+    if (!span_of(&read->patterns[read->pattern]))
+        return cut_runs(read, taken, pieces, count);
+    if (!taken->buffer && !(taken->buffer = malloc(PD_SLICE_BYTES)))
+        return 0;
+    return cut_spans(read, taken, pieces, count);
+}
+
+/* Put what came as spans in its places. */
+void scatter(const pd_taken *taken)
+{
+    const unsigned char *from = taken->buffer;
+    for (size_t i = 0; i < taken->spans; i++) {
+        const pd_pattern *pattern = taken->span[i].pattern;
+        uint64_t src, dst, bytes;
+        measure(pattern, &src, &dst, &bytes);
+        for (uint64_t a = 0; a < pattern->dims[0].count; a++)
+            for (uint64_t b = 0; b < pattern->dims[1].count; b++) {
+                const unsigned char *in = from + a * pattern->dims[0].src_stride + b * pattern->dims[1].src_stride;
+                unsigned char *out = taken->span[i].dst + a * pattern->dims[0].dst_stride + b * pattern->dims[1].dst_stride;
+                for (uint64_t c = 0; c < pattern->dims[2].count; c++)
+                    memcpy(out + c * pattern->dims[2].dst_stride, in + c * pattern->dims[2].src_stride, pattern->bytes);
+            }
+        from += src;
+    }
 }

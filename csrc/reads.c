@@ -150,18 +150,27 @@ void end_all(pd_transport *transport, peer *owner, pd_status status, const char 
 
 /* --- slices, all under the lock ----------------------------------------------------------------------------------- */
 
-/* The next slice of a read; it goes to the tail, so that the others have their turn. Returns its bytes. */
-static uint64_t take(pd_transport *transport, op *read, pd_piece *pieces, pd_slice *slice)
+/* The next slice of a read; it goes to the tail, so that the others have their turn. NULL: it ended for want of memory. */
+static pd_taken *take(pd_transport *transport, op *read, pd_piece *pieces, pd_slice *slice)
 {
+    pd_taken *taken = transport->unused ? transport->unused : calloc(1, sizeof *taken);
+    if (taken && taken == transport->unused)
+        transport->unused = taken->next;
+    uint64_t bytes = taken ? cut(read, taken, pieces, &slice->count) : 0;
+    if (!bytes) {
+        free(taken);
+        end(transport, read, PD_ERROR, "no memory for a slice");
+        return NULL;
+    }
     unqueue(transport, read);
-    uint64_t bytes = cut(read, pieces, &slice->count);
     if (read->pattern < read->num_patterns)
         append(transport, read);
     read->busy++;
+    taken->read = read;
     slice->lease = &read->lease;
     slice->pieces = pieces;
     slice->bytes = bytes;
-    return bytes;
+    return taken;
 }
 
 static void lose(pd_transport *transport, peer *owner, const char *words)
@@ -171,8 +180,12 @@ static void lose(pd_transport *transport, peer *owner, const char *words)
 }
 
 /* `words` without the peer's name. */
-static void give(pd_transport *transport, op *read, uint64_t bytes, pd_status status, const char *words)
+static void give(pd_transport *transport, pd_taken *taken, pd_status status, const char *words)
 {
+    op *read = taken->read;
+    uint64_t bytes = taken->bytes;
+    taken->next = transport->unused;
+    transport->unused = taken;
     read->busy--;
     peer *owner = read->peer;
     owner->refs++;
@@ -206,36 +219,48 @@ void dialled(pd_transport *transport, peer *each, pd_status status, const char *
 
 /* --- for backends with threads of their own ----------------------------------------------------------------------- */
 
-pd_taken *pd_take(pd_transport *core, uint64_t number, pd_piece *pieces, pd_slice *slice)
+/* The read of a peer whose turn it is. */
+static op *first_of(pd_transport *transport, const peer *owner)
 {
-    op *found = NULL;
-    pthread_mutex_lock(&core->lock);
-    peer *owner = pd_table_get(&core->peers, number);
-    for (int i = 0; owner && i < PRIORITIES && !found; i++) {
-        op *head = core->queues[i], *each = head;
+    for (int i = 0; i < PRIORITIES; i++) {
+        op *head = transport->queues[i], *each = head;
         if (head)
             do
-                found = each->peer == owner ? each : NULL;
-            while (!found && (each = each->next) != head);
+                if (each->peer == owner)
+                    return each;
+            while ((each = each->next) != head);
     }
-    if (found)
-        take(core, found, pieces, slice);
+    return NULL;
+}
+
+pd_taken *pd_take(pd_transport *core, uint64_t number, pd_piece *pieces, pd_slice *slice)
+{
+    pthread_mutex_lock(&core->lock);
+    peer *owner = pd_table_get(&core->peers, number);
+    op *found = NULL;
+    pd_taken *taken = NULL;
+    do {
+        found = owner ? first_of(core, owner) : NULL;
+        taken = found ? take(core, found, pieces, slice) : NULL;
+    } while (found && !taken);
     pthread_mutex_unlock(&core->lock);
-    return found;
+    return taken;
 }
 
 bool pd_wanted(pd_transport *core, const pd_taken *taken)
 {
     pthread_mutex_lock(&core->lock);
-    bool wanted = !taken->ended;
+    bool wanted = !taken->read->ended;
     pthread_mutex_unlock(&core->lock);
     return wanted;
 }
 
-void pd_give(pd_transport *core, pd_taken *taken, uint64_t bytes, pd_status status, const char *words)
+void pd_give(pd_transport *core, pd_taken *taken, pd_status status, const char *words)
 {
+    if (status == PD_DONE)
+        scatter(taken);
     pthread_mutex_lock(&core->lock);
-    give(core, taken, bytes, status, words);
+    give(core, taken, status, words);
     pthread_mutex_unlock(&core->lock);
 }
 
@@ -269,12 +294,16 @@ void pd_lost(pd_transport *core, uint64_t number, const char *words)
 static void copy_slice(pd_transport *transport, op *read, pd_piece *pieces)
 {
     pd_slice slice;
-    uint64_t bytes = take(transport, read, pieces, &slice);
     void *own = read->peer->own;
+    pd_taken *taken = take(transport, read, pieces, &slice);
+    if (!taken)
+        return;
     pthread_mutex_unlock(&transport->lock);
     pd_status status = transport->backend->read(own, &slice);
+    if (status == PD_DONE)
+        scatter(taken);
     pthread_mutex_lock(&transport->lock);
-    give(transport, read, bytes, status, status == PD_DONE ? "" : pd_last_error());
+    give(transport, taken, status, status == PD_DONE ? "" : pd_last_error());
 }
 
 static void connect_peer(pd_transport *transport, op *each)

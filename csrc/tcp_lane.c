@@ -25,7 +25,7 @@ static void give_back(lane *each, pd_status status, const char *words)
     for (; each->count; each->count--, each->first = (each->first + 1) % TCP_DEPTH) {
         flight *one = &each->flights[each->first];
         if (one->taken)
-            pd_give(each->loop->tcp->core, one->taken, 0, status, words);
+            pd_give(each->loop->tcp->core, one->taken, status, words);
         one->taken = NULL;
     }
 }
@@ -185,7 +185,7 @@ static void ask(lane *each)
             return;
         flight *one = &each->flights[(each->first + each->count) % TCP_DEPTH];
         if (!take_off(one, &slice)) {
-            pd_give(all->core, taken, 0, PD_ERROR, "no memory for a slice");
+            pd_give(all->core, taken, PD_ERROR, "no memory for a slice");
             continue;
         }
         if (!each->count)
@@ -234,7 +234,7 @@ static void finish(lane *each)
     flight *one = &each->flights[each->first];
     pd_status status = (pd_status)each->in.answer.status;
     if (one->taken)
-        pd_give(each->loop->tcp->core, one->taken, one->bytes, status, status == PD_DONE ? "" : each->words);
+        pd_give(each->loop->tcp->core, one->taken, status, status == PD_DONE ? "" : each->words);
     one->taken = NULL;
     each->first = (each->first + 1) % TCP_DEPTH;
     each->count--;
@@ -334,7 +334,7 @@ static void waive(lane *each)
     for (unsigned i = 0; i < each->count; i++) {
         flight *one = &each->flights[(each->first + i) % TCP_DEPTH];
         if (one->taken && !pd_wanted(all->core, one->taken)) {
-            pd_give(all->core, one->taken, 0, PD_CANCELLED, "");
+            pd_give(all->core, one->taken, PD_CANCELLED, "");
             one->taken = NULL;
         }
     }

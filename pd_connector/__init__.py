@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TransferFailed,
         TransportUnavailable,
     )
-    from pd_connector.layout import GroupLayout, KVLayout
+    from pd_connector.layout import Form, GroupLayout, KVLayout, Part, heads_of_rank, strided_parts
     from pd_connector.memory import BlockGrid, MemoryKind, Region, shared_pool
     from pd_connector.protocol.events import TransferStats
     from pd_connector.protocol.ticket import Ticket
@@ -35,7 +35,7 @@ _HOMES = {
     "config": ("Config",),
     "protocol.ticket": ("Ticket",),
     "protocol.events": ("TransferStats",),
-    "layout": ("GroupLayout", "KVLayout"),
+    "layout": ("Form", "GroupLayout", "KVLayout", "Part", "heads_of_rank", "strided_parts"),
     "memory": ("BlockGrid", "MemoryKind", "Region", "shared_pool"),
     "errors": (
         "ConfigError",
@@ -56,6 +56,7 @@ __all__ = [
     "BlockGrid",
     "Config",
     "ConfigError",
+    "Form",
     "GroupLayout",
     "KVLayout",
     "LayoutMismatch",
@@ -63,6 +64,7 @@ __all__ = [
     "LocalProtocolError",
     "MemoryKind",
     "PDError",
+    "Part",
     "PeerLost",
     "Portal",
     "Region",
@@ -71,7 +73,9 @@ __all__ = [
     "TransferFailed",
     "TransferStats",
     "TransportUnavailable",
+    "heads_of_rank",
     "shared_pool",
+    "strided_parts",
 ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pd_connector.errors import LocalProtocolError
-from pd_connector.layout import GroupLayout, KVLayout
+from pd_connector.layout import Form, GroupLayout, KVLayout, Part
 from pd_connector.memory import BlockGrid, GridRef, MemoryKind, Region
 
 
@@ -50,24 +50,46 @@ def to_regions(layers: Mapping[str, Any] | Sequence[Any], groups: Mapping[str, i
     ]
 
 
-def describe_grids(grids: Sequence[GridRef], packing: str, *, block_tokens: int = 1, dtype: str = "uint8") -> KVLayout:
-    """The layout of plain byte grids, for engines whose blocks carry no finer structure."""
-    by_group: dict[int, list[GridRef]] = {}
+def describe_grids(grids: Sequence[GridRef], *, dtype: str = "uint8") -> KVLayout:
+    """The layout of plain byte grids, for engines whose blocks carry no finer structure: only whole blocks of equal
+    size are exchanged."""
+    by_group: dict[int, dict[int, list[BlockGrid]]] = {}
     for ref in grids:
-        by_group.setdefault(ref.grid.group, []).append(ref)
-    groups = tuple(
-        GroupLayout(
-            kind="full",
-            block_tokens=block_tokens,
-            heads=0,
-            head_dim=0,
-            dtype=dtype,
-            layers=tuple(dict.fromkeys(f"layer.{ref.grid.layer}" for ref in refs)),
-            part_bytes=tuple(ref.grid.block_bytes for ref in refs),
+        by_group.setdefault(ref.grid.group, {}).setdefault(ref.grid.layer, []).append(ref.grid)
+    groups = []
+    for _, layers in sorted(by_group.items()):
+        forms = {layer: _opaque(parts) for layer, parts in layers.items()}
+        every = tuple(dict.fromkeys(forms.values()))
+        groups.append(
+            GroupLayout(
+                kind="full",
+                block_tokens=1,
+                dtype=dtype,
+                layers=tuple(f"layer.{layer}" for layer in layers),
+                forms=every,
+                form_of=tuple(every.index(form) for form in forms.values()),
+            )
         )
-        for _, refs in sorted(by_group.items())
+    return KVLayout(platform="plain bytes", groups=tuple(groups))
+
+
+def _opaque(grids: Sequence[BlockGrid]) -> Form:
+    sizes = tuple(grid.block_bytes for grid in grids)
+    parts = (
+        Part(name=f"bytes.{index}", grid=index, unit_bytes=size, token_stride=size) for index, size in enumerate(sizes)
     )
-    return KVLayout(packing=packing, groups=groups)
+    return Form(block_bytes=sizes, parts=tuple(parts))
+
+
+def check_layout(layout: KVLayout, grids: Sequence[GridRef]) -> None:
+    """Raises LocalProtocolError unless a layout is one of these grids."""
+    named = [(group, size) for group, one in enumerate(layout.groups) for size in one.grid_bytes]
+    there = [(ref.grid.group, ref.grid.block_bytes) for ref in grids]
+    if named != there:
+        raise LocalProtocolError(
+            f"the layout describes {len(named)} grids of {len(layout.groups)} groups, which are not the {len(there)} "
+            "registered ones in canonical order (group, layer)"
+        )
 
 
 def _describe(tensor: Any, name: str) -> _Described:

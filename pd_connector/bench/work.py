@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pd_connector.errors import TransferFailed
 from pd_connector.memory import BlockGrid, Pool, Region, order_grids
-from pd_connector.plan import CopyPlan, WholeBlocks
+from pd_connector.plan import CopyPlan, coalesce, whole_patterns
 
 GRIDS = 56
 """28 layers x (K, V)."""
@@ -61,7 +61,7 @@ class Work:
         whole.fill()
         self._expected = whole.by_block()
         self._random = np.random.default_rng()
-        self._planner = WholeBlocks(order_grids([mine.region]), 0)
+        self._patterns = whole_patterns(order_grids([mine.region]), 0)
         self._ids: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
 
     def draw(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -74,7 +74,7 @@ class Work:
 
     def plan(self) -> CopyPlan:
         """``draw`` as a plan."""
-        return self._planner.plan(*self.draw())
+        return CopyPlan(coalesce(*self.draw()), self._patterns)
 
     def check(self) -> None:
         """Raises TransferFailed unless every byte of the last read is right, and no other one was written."""

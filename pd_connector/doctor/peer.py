@@ -100,12 +100,12 @@ def layout_words(layout: KVLayout | None) -> str:
         return "it does not say how its memory is laid out"
     groups = []
     for group, shape in enumerate(layout.groups):
-        heads = f", {shape.heads} KV heads of {shape.head_dim}" if shape.heads else ""
+        heads = f", {shape.heads} of {shape.total_heads} KV heads" if shape.total_heads > 1 else ""
         tokens = "1 token" if shape.block_tokens == 1 else f"{shape.block_tokens} tokens"
         size = f"{layout.block_bytes(group) / 1024:g} KiB per block of {tokens}"
         groups.append(f"{len(shape.layers)} layers ({shape.kind}){heads}, {shape.dtype}, {size}")
     rank = f"rank {layout.rank} of {layout.ranks}: " if layout.ranks > 1 else ""
-    return f"{rank}{'; '.join(groups)}; packing {layout.packing!r}; fingerprint {layout.fingerprint()[:12]}"
+    return f"{rank}{'; '.join(groups)}; {layout.platform}; fingerprint {layout.fingerprint()[:12]}"
 
 
 async def _hand_over(config: Config, speaker: Greeting, target: Target) -> Row:

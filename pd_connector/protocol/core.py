@@ -28,6 +28,7 @@ from pd_connector.protocol.events import (
     Forgo,
     Grant,
     Keep,
+    Meet,
     Pull,
     Received,
     Tick,
@@ -116,6 +117,8 @@ class Core:
                 self.reader.completed(event, now)
             case Tick():
                 pass
+            case Meet():
+                self.reader.meetings.meet(event, now)
             case Pull():
                 self.reader.pull(event, now)
             case Abort(transfer, reason):
@@ -206,6 +209,8 @@ class Core:
                 self.reader.dialer.timeout(key, now)
             case "transfer":
                 self.reader.transfer_timeout(key, now)
+            case "meet":
+                self.reader.meetings.abort(key, "nobody answered in time", now)
             case "retry":
                 self.reader.retry(key, now)
             case "renew":

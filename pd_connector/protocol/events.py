@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pd_connector.errors import PDError
-from pd_connector.plan import CopyPlan, Ids, Runs
-from pd_connector.protocol.messages import Message
+from pd_connector.plan import CopyPlan, Ids, Side
+from pd_connector.protocol.messages import Endpoint, Message
 from pd_connector.protocol.ticket import Ticket
 
 Route = str
@@ -63,15 +63,27 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Meet:
+    """Greet whoever a ticket names, to learn which ranks there are and what memory they have; answered by Met.
+    ``meeting`` comes from Core.new_id()."""
+
+    meeting: int
+    ticket: Ticket
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pull:
-    """Read the blocks of a ticket. ``parts`` are read in order and confirmed one by one; ``transfer`` comes from
-    Core.new_id(). ``rank`` picks the owner's rank where the ticket's address only speaks for ranks."""
+    """Read blocks of a ticket from one rank of its owner. ``parts`` are read in order and confirmed one by one;
+    ``transfer`` comes from Core.new_id(). ``rank`` picks the owner's rank where the ticket's address only speaks for
+    ranks; ``readers`` ranks of our instance end the lease of that rank."""
 
     transfer: int
     ticket: Ticket
-    parts: tuple[CopyPlan, ...]
+    parts: tuple[tuple[CopyPlan, ...], ...]
     timeout: float
     rank: int = 0
+    readers: int = 1
     priority: int = 0
     audit: bool = False
     terms: bytes = b""
@@ -115,10 +127,12 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Forgo:
-    """Tell a ticket's owner that ``reader`` will not read under it; an empty name speaks for every reader."""
+    """Tell a ticket's owner that ``reader``, one of ``readers``, will not read under it; an empty name speaks for every
+    reader."""
 
     ticket: Ticket
     reader: str = ""
+    readers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +159,8 @@ class Close:
 
 
 Event = (
-    Received | Disconnected | Connected | Completed | Digested | Tick | Pull | Abort | Grant | End | Extend | Forgo
-    | Keep | Drop | Drain | Close
+    Received | Disconnected | Connected | Completed | Digested | Tick | Meet | Pull | Abort | Grant | End | Extend
+    | Forgo | Keep | Drop | Drain | Close
 )  # fmt: skip
 
 
@@ -220,13 +234,10 @@ class RevokeBlocks:
 
 @dataclass(frozen=True, slots=True)
 class DigestBlocks:
-    """Digest blocks of our own memory: for each grid, each block in column ``column`` (0 source, 1 destination) of
-    ``runs``. Answered by Digested."""
+    """Digest our own memory: each place in each block of each side. Answered by Digested."""
 
     job: int
-    runs: Runs
-    column: int
-    grids: tuple[int, ...]
+    sides: tuple[Side, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +273,15 @@ class TransferStats:
     bytes: int = 0
     transport: str = ""
     digests_compared: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """Exactly one per Meet: the owner's ranks, in order of their numbers; or why nobody was met."""
+
+    meeting: int
+    ranks: tuple[Endpoint, ...] = ()
+    error: PDError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,4 +330,4 @@ class Drained:
     pass
 
 
-Note = PartConfirmed | TransferEnded | LeaseEnded | LeaseRenewed | TicketLost | Drained
+Note = Met | PartConfirmed | TransferEnded | LeaseEnded | LeaseRenewed | TicketLost | Drained

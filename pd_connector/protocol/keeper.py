@@ -40,6 +40,7 @@ class Keeper:
                 epoch=ticket.epoch,
                 capability=ticket.capability,
                 reader=event.reader,
+                readers=event.readers,
             ),
         )
 

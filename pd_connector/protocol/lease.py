@@ -52,12 +52,14 @@ class Lease:
     capability: bytes
     blocks: Mapping[int, Ids]
     readers: int
+    """Instances that may read; each has as many ranks that do as ``ranks`` says, once one has spoken."""
     seconds: float
     deadline: float
     cap: float
     terms: bytes = b""
     state: LeaseState = LeaseState.HELD
     reason: str = ""
+    ranks: int = 1
     done: set[str] = field(default_factory=set)
 
     def step(self, what: LeaseInput, reason: str = "") -> bool:

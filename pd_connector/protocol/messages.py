@@ -12,12 +12,14 @@ import msgspec
 from msgspec import Meta
 
 from pd_connector.errors import RemoteProtocolError
-from pd_connector.layout import KVLayout
+from pd_connector.layout import KVLayout, Size
+from pd_connector.plan import MAX_DIMS
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 4 * 2**20
 """Largest frame that is sent or accepted, in bytes: 500,000 audit digests fit."""
 MAX_WORDS = 4096
+MAX_RANKS = 4096
 CAPABILITY_BYTES = 16
 DIGEST_BYTES = 8
 TERMS_BYTES = 16
@@ -28,24 +30,35 @@ Terms = Annotated[bytes, Meta(max_length=TERMS_BYTES)]
 """Digest of what the reader's ticket says about the lease (Ticket.terms)."""
 Millis = Annotated[int, Meta(ge=0, le=2**40)]
 Name = Annotated[str, Meta(max_length=256)]
+Readers = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
 Words = Annotated[str, Meta(max_length=MAX_WORDS)]
 Capability = Annotated[bytes, Meta(min_length=CAPABILITY_BYTES, max_length=CAPABILITY_BYTES)]
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where one rank of an instance listens and which incarnation answers there."""
+    """Where one rank of an instance listens, which incarnation answers there and what memory it has."""
 
     rank: U32
     address: Name
     incarnation: U64
+    layout: KVLayout
+
+
+class AuditPlan(msgspec.Struct, frozen=True):
+    """What one plan read of the owner's memory: ``blocks`` (little-endian u32 each), and of each of them ``places``:
+    (grid in the owner's canonical order, offset, bytes of a run, repetitions as (count, stride))."""
+
+    blocks: Annotated[bytes, Meta(max_length=MAX_FRAME)]
+    places: Annotated[
+        tuple[tuple[U32, Size, Size, Annotated[tuple[tuple[Size, Size], ...], Meta(max_length=MAX_DIMS)]], ...],
+        Meta(min_length=1, max_length=16384),
+    ]
 
 
 class Audit(msgspec.Struct, frozen=True):
-    """Digests of what was read: for every grid in ``grids`` (owner's canonical order) and every block of ``runs``
-    ((n, 3) little-endian u32, as in plan.Runs) DIGEST_BYTES bytes of ``digests``."""
+    """Digests of what was read: for every plan, place and block, in this order, DIGEST_BYTES bytes of ``digests``."""
 
-    runs: Annotated[bytes, Meta(max_length=MAX_FRAME)]
-    grids: Annotated[tuple[U32, ...], Meta(max_length=16384)]
+    plans: Annotated[tuple[AuditPlan, ...], Meta(max_length=4096)]
     digests: Annotated[bytes, Meta(max_length=MAX_FRAME)]
 
 
@@ -73,11 +86,12 @@ class Welcome(Introduction, tag="welcome", frozen=True, kw_only=True):
     instance when the answering agent only speaks for them."""
 
     refused: Words = ""
-    directory: Annotated[tuple[Endpoint, ...], Meta(max_length=65536)] = ()
+    directory: Annotated[tuple[Endpoint, ...], Meta(max_length=MAX_RANKS)] = ()
 
 
 class Open(Message, tag="open", frozen=True, kw_only=True):
-    """A reader announces a transfer under a lease, and over which transport it will read."""
+    """A reader announces a transfer under a lease, and over which transport it will read. ``readers`` is how many ranks
+    of its instance will end this lease, here and in Commit and Release."""
 
     transfer: U64
     lease: U64
@@ -85,6 +99,7 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     capability: Capability
     reader: Name
     transport: Name
+    readers: Readers = 1
     terms: Terms = b""
 
 
@@ -105,6 +120,7 @@ class Commit(Message, tag="commit", frozen=True, kw_only=True):
     capability: Capability
     reader: Name
     final: bool
+    readers: Readers = 1
     audit: Audit | None = None
     terms: Terms = b""
 
@@ -139,6 +155,7 @@ class Release(Message, tag="release", frozen=True, kw_only=True):
     epoch: U32
     capability: Capability
     reader: Name = ""
+    readers: Readers = 1
 
 
 class Stale(Message, tag="stale", frozen=True, kw_only=True):

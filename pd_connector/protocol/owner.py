@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import numpy as np
-
 from pd_connector.errors import LocalProtocolError
+from pd_connector.protocol.audit import audit_problem, first_difference, sides_of
 from pd_connector.protocol.context import Context
 from pd_connector.protocol.events import (
     DigestBlocks,
@@ -150,7 +149,7 @@ class Owner:
             if not reader_done and lease.step(LeaseInput.TAKEN_BACK, "released by whoever brokers the hand-over"):
                 self._finish(lease, now)
             elif reader_done:
-                self._reader_done(lease, message.reader, f"released by {message.reader}", now)
+                self._reader_done(lease, message, f"released by {message.reader}", now)
             return
         self._renew(lease, now)
         left = int((lease.deadline - now) * 1000)
@@ -194,28 +193,16 @@ class Owner:
         job = self._context.new_id()
         self._jobs[job] = (route, message, lease)
         self._renew(lease, now)
-        runs = np.frombuffer(message.audit.runs, "<u4").reshape(-1, 3).astype(np.uint32)
-        self._context.emit(DigestBlocks(job, runs, 0, message.audit.grids))
+        self._context.emit(DigestBlocks(job, sides_of(message.audit)))
 
     def _audit_problem(self, message: Commit, lease: Lease) -> str:
         audit, layout = message.audit, self._context.identity.layout
         assert audit is not None
         if len(self._jobs) >= self._context.limits.max_digest_jobs:
             return "audit: too many digests are being computed here (max_digest_jobs)"
-        if layout is None or len(audit.runs) % 12 or not audit.grids:
-            return "audit: malformed"
-        runs = np.frombuffer(audit.runs, "<u4").reshape(-1, 3).astype(np.int64)
-        parts = [group for group, part in enumerate(layout.groups) for _ in part.part_bytes]
-        if any(grid >= len(parts) for grid in audit.grids):
-            return "audit: names a grid that does not exist here"
-        blocks = int(runs[:, 2].sum())
-        if blocks * len(audit.grids) * DIGEST_BYTES != len(audit.digests):
-            return "audit: the number of digests does not match the blocks"
-        for group in {parts[grid] for grid in audit.grids}:
-            leased = lease.blocks.get(group, ())
-            if not all(np.isin(np.arange(first, first + count), leased).all() for first, _, count in runs.tolist()):
-                return "audit: names a block that is not leased"
-        return ""
+        if layout is None:
+            return "audit: there is no memory here"
+        return audit_problem(audit, layout, lease.blocks)
 
     def digested(self, event: Digested, now: float) -> None:
         job = self._jobs.pop(event.job, None)
@@ -232,7 +219,7 @@ class Owner:
             self._not_held(route, message)
         elif event.digests != message.audit.digests:
             self._context.counters["audit_mismatches"] += 1
-            where = _first_difference(event.digests, message)
+            where = first_difference(event.digests, message.audit)
             self._decide(route, message, lease, Answer(False, f"audit: {where}", compared), now)
         else:
             self._decide(route, message, lease, Answer(True, "", compared), now)
@@ -242,7 +229,7 @@ class Owner:
         self._context.counters["commits_held" if answer.held else "commits_not_held"] += 1
         self._verdict(route, message, answer)
         if message.final:
-            self._reader_done(lease, message.reader, "every reader has its blocks", now)
+            self._reader_done(lease, message, "every reader has its blocks", now)
         else:
             self._renew(lease, now)
 
@@ -268,9 +255,12 @@ class Owner:
             self._context.counters["leases_expired"] += 1
             self._finish(lease, now)
 
-    def _reader_done(self, lease: Lease, reader: str, reason: str, now: float) -> None:
-        lease.done.add(reader)
-        what = LeaseInput.LAST_READER_DONE if len(lease.done) >= lease.readers else LeaseInput.READER_DONE
+    def _reader_done(self, lease: Lease, message: Commit | Release, reason: str, now: float) -> None:
+        """A lease is for so many instances; how many ranks of each read here, the ranks say."""
+        lease.done.add(message.reader)
+        lease.ranks = max(lease.ranks, message.readers)
+        over = len(lease.done) >= lease.readers * lease.ranks
+        what = LeaseInput.LAST_READER_DONE if over else LeaseInput.READER_DONE
         if lease.step(what, reason):
             self._finish(lease, now)
 
@@ -315,15 +305,3 @@ class Owner:
 def _asked(message: Commit) -> Asked:
     m = message
     return (m.src, m.transfer, m.part, m.lease, m.epoch, m.capability, m.terms)
-
-
-def _first_difference(ours: bytes, message: Commit) -> str:
-    audit = message.audit
-    assert audit is not None
-    runs = np.frombuffer(audit.runs, "<u4").reshape(-1, 3)
-    blocks = np.concatenate([np.arange(first, first + count) for first, _, count in runs.tolist()])
-    a = np.frombuffer(ours, f"V{DIGEST_BYTES}")
-    b = np.frombuffer(audit.digests, f"V{DIGEST_BYTES}")
-    wrong = [index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
-    grid, block = divmod(wrong[0], len(blocks)) if wrong else (0, 0)
-    return f"{len(wrong)} of {len(b)} digests differ, first in block {int(blocks[block])} of grid {audit.grids[grid]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pd_connector.errors import (
     LayoutMismatch,
     LeaseExpired,
@@ -26,10 +28,12 @@ from pd_connector.protocol.events import (
     Pull,
     TransferEnded,
 )
+from pd_connector.protocol.meetings import Meetings
 from pd_connector.protocol.messages import (
     DIGEST_BYTES,
     MAX_FRAME,
     Audit,
+    AuditPlan,
     Commit,
     Open,
     Opened,
@@ -49,6 +53,7 @@ class Reader:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.dialer = Dialer(context, self)
+        self.meetings = Meetings(context, self.dialer)
         self.transfers: dict[int, Transfer] = {}
         self._tags: dict[int, int] = {}
         self._jobs: dict[int, int] = {}
@@ -68,7 +73,7 @@ class Reader:
             raise LocalProtocolError(
                 f"{len(self.transfers)} transfers are running, the limit is {limits.max_transfers}"
             )
-        if event.audit and max(map(_audit_bytes, event.parts)) > MAX_FRAME - _ENVELOPE:
+        if event.audit and max(map(audit_bytes, event.parts)) > MAX_FRAME - _ENVELOPE:
             raise LocalProtocolError(f"the audit of a part does not fit into {MAX_FRAME} bytes; pull in more parts")
         ticket = event.ticket
         transfer = Transfer(event, now, ticket.address, ticket.incarnation, now + event.timeout)
@@ -79,6 +84,9 @@ class Reader:
         self.dialer.attach(event.transfer, ticket.address, ticket.incarnation, now)
 
     def abort(self, number: int, reason: str, now: float) -> None:
+        if number in self.meetings:
+            self.meetings.abort(number, reason, now)
+            return
         transfer = self.transfers.get(number)
         if transfer is None:
             self._context.counters["late_events"] += 1
@@ -89,6 +97,7 @@ class Reader:
         for transfer in list(self.transfers.values()):
             error = TransferFailed(f"{self._words(transfer)}: this agent closed")
             self._give_up(transfer, error, now, outcome="aborted")
+        self.meetings.close(now)
         self.dialer.close(now)
 
     def outstanding_tags(self) -> list[int]:
@@ -97,11 +106,17 @@ class Reader:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def session_failed(self, number: int, error: PDError, now: float) -> None:
+        if number in self.meetings:
+            self.meetings.fail(number, error)
+            return
         transfer = self.transfers.get(number)
         if transfer is not None and transfer.state is not TransferState.SETTLING:
             self._give_up(transfer, error, now)
 
     def session_ready(self, number: int, session: Session, now: float) -> None:
+        if number in self.meetings:
+            self.meetings.ready(number, session, now)
+            return
         transfer = self.transfers.get(number)
         if transfer is None or transfer.state is not TransferState.CONNECTING:
             return
@@ -115,10 +130,15 @@ class Reader:
                 self.session_failed(number, LayoutMismatch(why), now)
                 return
             transfer.address, transfer.incarnation = endpoint.address, endpoint.incarnation
+            transfer.layout = endpoint.layout
             self.dialer.attach(number, endpoint.address, endpoint.incarnation, now)
             return
+        error: PDError | None = None
         if not session.transport:
             error = TransportUnavailable("any", f"{session.who} offers no transport")
+        elif transfer.layout not in (None, session.layout):
+            error = LayoutMismatch(f"{session.who} has other memory than whoever speaks for it says")
+        if error is not None:
             self.dialer.data_lost(session.address, session.peer, error, now)
             self.session_failed(number, error, now)
             return
@@ -143,6 +163,7 @@ class Reader:
                 capability=ticket.capability,
                 reader=self._context.identity.agent,
                 transport=transfer.transport,
+                readers=transfer.pull.readers,
                 terms=transfer.pull.terms,
             ),
         )
@@ -152,25 +173,30 @@ class Reader:
         if transfer.state is not TransferState.READING:
             return
         for part in list(transfer.in_state(PartState.PENDING)):
-            if len(transfer.tags) >= self._context.limits.window:
+            if len(transfer.unread) >= self._context.limits.window:
                 break
-            plan = transfer.pull.parts[part]
-            if not plan.num_blocks:
+            some = [index for index, plan in enumerate(transfer.pull.parts[part]) if plan.num_blocks]
+            if not some:
                 self._part_read(transfer, part)
                 continue
-            tag = self._context.new_id()
             transfer.parts[part] = PartState.POSTED
-            transfer.tags[tag] = part
-            self._tags[tag] = transfer.pull.transfer
-            ticket, owner, priority = transfer.pull.ticket, transfer.peer, transfer.pull.priority
-            self._context.emit(
-                PostRead(owner, transfer.transport, ticket.lease, ticket.epoch, ticket.capability, plan, tag, priority)
-            )
+            transfer.unread[part] = len(some)
+            for index in some:
+                self._post(transfer, part, index)
         others = transfer.parts[:-1]
         if transfer.parts[-1] is PartState.READ and all(part is PartState.CONFIRMED for part in others):
             transfer.step(TransferInput.ALL_READ)
             transfer.read_at = now
             self._ask(transfer, transfer.last)
+
+    def _post(self, transfer: Transfer, part: int, index: int) -> None:
+        tag, pull, ticket = self._context.new_id(), transfer.pull, transfer.pull.ticket
+        transfer.tags[tag] = part, index
+        self._tags[tag] = pull.transfer
+        claim = ticket.lease, ticket.epoch, ticket.capability
+        self._context.emit(
+            PostRead(transfer.peer, transfer.transport, *claim, pull.parts[part][index], tag, pull.priority)
+        )
 
     def completed(self, event: Completed, now: float) -> None:
         if (peer := self._fences.pop(event.tag, None)) is not None:
@@ -181,17 +207,22 @@ class Reader:
         if transfer is None:
             self._context.counters["late_events"] += 1
             return
-        part = transfer.tags.pop(event.tag)
+        part, index = transfer.tags.pop(event.tag)
         if transfer.state is TransferState.SETTLING:
             self._settle(transfer, now)
         elif event.status == "done":
-            self._part_read(transfer, part)
-            self._advance(transfer, now)
-        elif event.status == "not_granted" and part not in transfer.reposted:
+            transfer.unread[part] -= 1
+            if not transfer.unread[part]:
+                del transfer.unread[part]
+                self._part_read(transfer, part)
+                self._advance(transfer, now)
+        elif event.status == "not_granted" and (part, index) not in transfer.reposted:
             # The grant may still be on its way from the owner's engine to its transport: wait for OPENED, try again.
-            transfer.reposted.add(part)
-            transfer.parts[part] = PartState.PENDING if transfer.opened else PartState.PARKED
-            self._advance(transfer, now)
+            transfer.reposted.add((part, index))
+            if transfer.opened:
+                self._post(transfer, part, index)
+            else:
+                transfer.parked.append((part, index))
         elif event.status == "not_granted":
             error: PDError = LeaseExpired(f"{self._words(transfer)}: the owner's transport refused: {event.detail}")
             self._give_up(transfer, error, now)
@@ -215,11 +246,10 @@ class Reader:
         if not transfer.pull.audit or part in transfer.digests:
             self._send_commit(transfer, part)
         elif part not in transfer.jobs.values():
-            plan = transfer.pull.parts[part]
             job = self._context.new_id()
             transfer.jobs[job] = part
             self._jobs[job] = transfer.pull.transfer
-            self._context.emit(DigestBlocks(job, plan.runs, 1, tuple(p.dst_grid for p in plan.patterns)))
+            self._context.emit(DigestBlocks(job, tuple(plan.side(1) for plan in transfer.pull.parts[part])))
 
     def digested(self, event: Digested, now: float) -> bool:
         """False when the job is not one of ours."""
@@ -239,11 +269,12 @@ class Reader:
         return True
 
     def _send_commit(self, transfer: Transfer, part: int) -> None:
-        ticket, plan = transfer.pull.ticket, transfer.pull.parts[part]
+        ticket = transfer.pull.ticket
         audit = None
         if transfer.pull.audit:
-            grids = tuple(pattern.src_grid for pattern in plan.patterns)
-            audit = Audit(plan.runs.astype("<u4").tobytes(), grids, transfer.digests[part])
+            sides = [plan.side(0) for plan in transfer.pull.parts[part] if plan.num_blocks]
+            plans = tuple(AuditPlan(blocks.astype("<u4").tobytes(), places) for blocks, places in sides)
+            audit = Audit(plans, transfer.digests[part])
         self._context.send(
             transfer.address,
             Commit(
@@ -256,6 +287,7 @@ class Reader:
                 capability=ticket.capability,
                 reader=self._context.identity.agent,
                 final=part == transfer.last,
+                readers=transfer.pull.readers,
                 audit=audit if audit is None or audit.digests else None,
                 terms=transfer.pull.terms,
             ),
@@ -305,9 +337,9 @@ class Reader:
         transfer.opened = True
         transfer.renew_every = max(message.remaining_ms / 3000, 0.05)
         self._context.timers.set(("renew", transfer.pull.transfer), now + transfer.renew_every)
-        for part in list(transfer.in_state(PartState.PARKED)):
-            transfer.parts[part] = PartState.PENDING
-        self._advance(transfer, now)
+        parked, transfer.parked = transfer.parked, []
+        for part, index in parked:
+            self._post(transfer, part, index)
 
     def refused(self, route: str, message: Refused, now: float) -> None:
         if (transfer := self._answered(route, message)) is not None:
@@ -371,6 +403,7 @@ class Reader:
                 epoch=ticket.epoch,
                 capability=ticket.capability,
                 reader=self._context.identity.agent,
+                readers=transfer.pull.readers,
             ),
         )
         for tag in transfer.tags:
@@ -434,7 +467,6 @@ class Reader:
         return f"pull {transfer.pull.transfer} under {transfer.pull.ticket!r} while {transfer.state}"
 
 
-def _audit_bytes(plan: CopyPlan) -> int:
+def audit_bytes(part: Sequence[CopyPlan]) -> int:
     """How large the Audit of a part becomes in a frame, rounded up."""
-    patterns = len(plan.patterns)
-    return plan.runs.nbytes + plan.num_blocks * patterns * DIGEST_BYTES + 5 * patterns
+    return sum(plan.num_blocks * (4 + len(plan.patterns) * DIGEST_BYTES) + 80 * len(plan.patterns) + 8 for plan in part)

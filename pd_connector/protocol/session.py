@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from pd_connector.layout import KVLayout
 from pd_connector.protocol.messages import Endpoint, Welcome
 
 
@@ -55,6 +56,7 @@ class Session:
     incarnation: int = 0
     agent: str = ""
     transport: str = ""
+    layout: KVLayout | None = None
     directory: dict[int, Endpoint] = field(default_factory=dict)
     waiting: dict[int, int] = field(default_factory=dict)
     """Transfers that wait for READY, in order, each with the incarnation that its ticket names."""
@@ -71,6 +73,15 @@ class Session:
         """Names the other end towards people."""
         return f"{self.agent} at {self.address}" if self.agent else f"whoever is at {self.address}"
 
+    @property
+    def ranks(self) -> tuple[Endpoint, ...]:
+        """The ranks with memory that are reached through this session, by number."""
+        if self.directory:
+            return tuple(endpoint for _, endpoint in sorted(self.directory.items()))
+        if self.layout is None:
+            return ()
+        return (Endpoint(self.layout.rank, self.address, self.incarnation, self.layout),)
+
     def step(self, what: SessionInput) -> bool:
         """Apply an input; True when the state changed."""
         after = TRANSITIONS.get((self.state, what))
@@ -82,4 +93,5 @@ class Session:
     def adopt(self, welcome: Welcome) -> None:
         self.incarnation = welcome.src
         self.agent = welcome.agent
+        self.layout = welcome.layout
         self.directory = {endpoint.rank: endpoint for endpoint in welcome.directory}

@@ -11,11 +11,13 @@ CONFIRMING covers the final verdict alone: "held" for the last part implies it f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pd_connector.errors import PDError
+from pd_connector.layout import KVLayout
 from pd_connector.protocol.events import Pull, TransferStats
 
 
@@ -50,7 +52,6 @@ TRANSITIONS: dict[tuple[TransferState, TransferInput], TransferState] = {
 class PartState(StrEnum):
     PENDING = "pending"
     POSTED = "posted"
-    PARKED = "parked"  # the owner's transport does not know the lease yet; posted again when OPENED says so
     READ = "read"
     CONFIRMED = "confirmed"
 
@@ -63,18 +64,24 @@ class Transfer:
     incarnation: int
     """Which session the transfer is on: the ticket's, then that of the owner's rank."""
     deadline: float
+    layout: KVLayout | None = None
+    """What the owner's rank must have by the word of whoever speaks for it."""
     state: TransferState = TransferState.CONNECTING
     parts: list[PartState] = field(default_factory=list)
-    tags: dict[int, int] = field(default_factory=dict)
-    """Posted reads: tag → part."""
+    tags: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Posted reads: tag → (part, number of the plan in it)."""
+    unread: dict[int, int] = field(default_factory=dict)
+    """Plans of posted parts that have not been read."""
+    parked: list[tuple[int, int]] = field(default_factory=list)
+    """Reads of leases that the owner's transport does not know yet; posted again when OPENED says so."""
     jobs: dict[int, int] = field(default_factory=dict)
     """Running digests: job → part. They only read the destination, which nobody reuses before the end."""
     digests: dict[int, bytes] = field(default_factory=dict)
     transport: str = ""
     peer: str = ""
     opened: bool = False
-    reposted: set[int] = field(default_factory=set)
-    """Parts whose read was refused once because the owner's transport did not know the lease."""
+    reposted: set[tuple[int, int]] = field(default_factory=set)
+    """Reads that were refused once because the owner's transport did not know the lease."""
     renew_every: float = 0.0
     outcome: str = ""
     error: PDError | None = None
@@ -103,9 +110,8 @@ class Transfer:
     def failed_blocks(self) -> tuple[int, ...]:
         """Destination blocks that hold nothing of value: all of them, since parts may each cover every block."""
         blocks: set[int] = set()
-        for plan in self.pull.parts:
-            for _, first, count in plan.runs.tolist():
-                blocks.update(range(first, first + count))
+        for plan in itertools.chain(*self.pull.parts):
+            blocks.update(plan.blocks(1).tolist())
         return tuple(sorted(blocks))
 
     def stats(self, now: float) -> TransferStats:
@@ -115,7 +121,7 @@ class Transfer:
             connect=ready - self.started,
             wire=read - ready,
             commit=now - read,
-            bytes=sum(plan.num_bytes for plan in self.pull.parts),
+            bytes=sum(plan.num_bytes for plan in itertools.chain(*self.pull.parts)),
             transport=self.transport,
             digests_compared=self.compared,
         )

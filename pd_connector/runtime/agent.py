@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from msgspec.structs import replace as replace_fields
+
 from pd_connector.config import Config
 from pd_connector.errors import LocalProtocolError
 from pd_connector.layout import KVLayout
@@ -18,15 +20,16 @@ from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
-from pd_connector.protocol.messages import CAPABILITY_BYTES, DIGEST_BYTES, MAX_FRAME, Endpoint
+from pd_connector.protocol.messages import CAPABILITY_BYTES, Endpoint
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.arguments import block_groups, check_bytes, check_count, check_seconds
 from pd_connector.runtime.courier import Courier
 from pd_connector.runtime.digest import digest_blocks
 from pd_connector.runtime.outcome import patiently, stats_of
 from pd_connector.runtime.planner import Planner
+from pd_connector.runtime.pulls import Order, Pulls
 from pd_connector.runtime.side_channel import SideChannel
-from pd_connector.tensors import describe_grids, to_regions
+from pd_connector.tensors import check_layout, describe_grids, to_regions
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +58,12 @@ class Agent:
         self._side_channel = SideChannel(self.config, self._on_frame, self._on_lost, self._hangup_if_unused)
         self._courier: Courier | None = None
         self._grids: tuple[GridRef, ...] = ()
-        self._planner = Planner(())
         self._views: list[memoryview] = []
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._failures: Counter[str] = Counter()
         self._tick: asyncio.TimerHandle | None = None
-        self._pulls: dict[int, tuple[Callable[[ev.TransferEnded], None], Callable[[int], None]]] = {}
+        self._pulls = Pulls(self.name, self._feed, self.core.new_id, self._clock)
         self._lease_ends: dict[int, asyncio.Future[str]] = {}
         self._drained: asyncio.Event = asyncio.Event()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="pdc-background")
@@ -150,11 +152,24 @@ class Agent:
         return tuple(self.core.identity.transports)
 
     def endpoint(self, rank: int = 0) -> Endpoint:
-        return Endpoint(rank, self.address, self.incarnation)
+        """Us as a rank of an instance. Raises LocalProtocolError before memory was registered."""
+        if self.core.identity.layout is None:
+            raise LocalProtocolError("register memory first: a rank is known by its layout")
+        return Endpoint(rank, self.address, self.incarnation, replace_fields(self.core.identity.layout, rank=rank))
 
     def speak_for(self, ranks: Sequence[Endpoint]) -> None:
-        """Answer HELLO with a directory: pulls that were addressed to us go on to the rank they need."""
+        """Answer HELLO with a directory: pulls that were addressed to us go on to the ranks they need."""
         self.core.identity = replace(self.core.identity, directory=tuple(ranks))
+
+    def belong_to(self, ranks: Sequence[KVLayout]) -> None:
+        """Share the work of every pull with the other ranks of our instance (the layouts of all, ours among them), each
+        of which pulls under the same tickets. Raises LocalProtocolError."""
+        planner = self._pulls.planner
+        if planner is None or planner.layout not in ranks or len({layout.rank for layout in ranks}) < len(ranks):
+            raise LocalProtocolError(
+                "an instance has ranks of different numbers, and this agent's layout is one of them"
+            )
+        planner.instance = tuple(ranks)
 
     def identify(self, model: str) -> None:
         """Name the model whose KV is exchanged; peers with another one are refused."""
@@ -174,7 +189,9 @@ class Agent:
         plain = isinstance(layers, list | tuple) and isinstance(layers[0], Region)
         regions = list(layers) if plain else to_regions(layers)
         self._grids = order_grids(regions)
-        self._planner = Planner(self._grids)
+        layout = layout or describe_grids(self._grids)
+        check_layout(layout, self._grids)
+        self._pulls.planner = Planner(self._grids, layout)
         self._read_only = next((str(region) for region in regions if not region.writable), "")
         self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
         for region in regions:
@@ -182,7 +199,7 @@ class Agent:
         self._courier = Courier(self.config, self.name, regions, self._loop, self._feed)
         self.core.identity = replace(
             self.core.identity,
-            layout=layout or describe_grids(self._grids, "bytes"),
+            layout=layout,
             transports=self._courier.describe(),
         )
 
@@ -227,8 +244,9 @@ class Agent:
         check_seconds("a lease", seconds)
         check_count("readers", readers)
         blocks = ticket.arrays()
+        planner = self._pulls.planner
         for group, ids in enumerate(blocks):
-            if self._courier is not None and len(ids) and ids.max() >= (limit := self._planner.group(group).num_blocks):
+            if planner is not None and len(ids) and ids.max() >= (limit := planner.num_blocks(group)):
                 raise LocalProtocolError(f"block {ids.max()} cannot be leased: group {group} has {limit} blocks")
         event = ev.Grant(
             ticket.lease,
@@ -271,7 +289,7 @@ class Agent:
         *,
         skip_blocks: int = 0,
         partial: bool = False,
-        rank: int = 0,
+        tokens: Sequence[tuple[int, int]] | None = None,
         priority: int = 0,
         timeout: float | None = None,
         by_layer: bool = False,
@@ -282,34 +300,25 @@ class Agent:
         with the number of each part (layer) whose bytes may be used.
 
         ``blocks`` are destination ids (per group), for the ticket's blocks from ``skip_blocks`` on: all of them, or if
-        ``partial`` as many as ids are given. Raises LocalProtocolError for ids that do not fit."""
-        if self._courier is None:
+        ``partial`` as many as ids are given. With ``tokens``, a range (first, behind the last) per group, they are for
+        these tokens instead, beginning with the block that holds the first: so the owner's block size may be another.
+        Raises LocalProtocolError for ids that do not fit."""
+        planner = self._pulls.planner
+        if planner is None:
             raise LocalProtocolError("register memory before pulling into it")
         check_count("skip_blocks", skip_blocks)
         check_seconds("a pull", timeout)
         if self._read_only:
             raise LocalProtocolError(f"{self._read_only} is registered read-only memory: nothing can be pulled into it")
         source = ticket.arrays()
-        parts = self._planner.parts(source, block_groups(blocks), skip_blocks, partial, by_layer)
-        if self.config.audit:
-            most = max(plan.num_blocks * len(plan.patterns) for plan in parts)
-            if most * DIGEST_BYTES > MAX_FRAME // 2:
-                raise LocalProtocolError(f"audit of {most} digests does not fit one frame; pull fewer blocks at a time")
-        number = self.core.new_id()
-        self._pulls[number] = (on_end or _ignore, on_part or _ignore)
-        timeout = self.config.transfer_timeout_seconds if timeout is None else timeout
-        try:
-            self._handle(
-                ev.Pull(number, ticket, tuple(parts), timeout, rank, priority, self.config.audit, ticket.terms(source))
-            )
-        except LocalProtocolError:
-            del self._pulls[number]
-            raise
-        return number
+        demands = planner.demand(source, block_groups(blocks), skip_blocks=skip_blocks, partial=partial, tokens=tokens)
+        deadline = self._clock() + (self.config.transfer_timeout_seconds if timeout is None else timeout)
+        order = Order(ticket, ticket.terms(source), demands, by_layer, priority, self.config.audit, deadline)
+        return self._pulls.start(order, on_end, on_part, self._handle)
 
     def abort(self, number: int, reason: str = "aborted by the caller") -> None:
         """End a pull; its TransferEnded note follows once its destination is quiet. Late calls are harmless."""
-        self._feed(ev.Abort(number, reason))
+        self._pulls.abort(number, reason)
 
     async def pull(
         self, ticket: Ticket, blocks: Sequence[int] | Sequence[Sequence[int]], **options: Any
@@ -402,12 +411,23 @@ class Agent:
         self._handling = True
         try:
             while self._events:
-                self._execute(self.core.handle(self._events.popleft(), self._loop.time()))
+                self._take(self._events.popleft())
         finally:
             self._handling = False
             self._schedule()
 
-    def _handle(self, event: ev.Pull | ev.Grant) -> None:
+    def _take(self, event: ev.Event) -> None:
+        try:
+            self._execute(self.core.handle(event, self._clock()))
+        except LocalProtocolError as error:
+            if not isinstance(event, ev.Pull):
+                raise
+            self._pulls.refused(event, error)
+
+    def _clock(self) -> float:
+        return self._loop.time()
+
+    def _handle(self, event: ev.Meet | ev.Grant) -> None:
         """Handle a local call that may be refused: raises what the core raises."""
         if self._closed:
             raise LocalProtocolError("this agent is closed")
@@ -415,7 +435,7 @@ class Agent:
             raise LocalProtocolError("leases and pulls cannot be started inside on_note; schedule them on the loop")
         self._handling = True
         try:
-            self._execute(self.core.handle(event, self._loop.time()))
+            self._execute(self.core.handle(event, self._clock()))
         finally:
             self._handling = False
         self._feed(ev.Tick())
@@ -452,20 +472,22 @@ class Agent:
                     self._courier.carry_out(command, self.core.new_id)
 
     async def _digest(self, command: ev.DigestBlocks) -> None:
-        args = (self._views, self._grids, command.grids, command.runs, command.column)
+        args = (self._views, self._grids, command.sides)
         try:
             digests: bytes | None = await self._loop.run_in_executor(self._background, digest_blocks, *args)
         except Exception as error:  # whatever it is, whoever asked must get an answer
-            logger.warning("digest of %d grids failed: %s", len(command.grids), error)
+            logger.warning("digest of what %d plans read failed: %s", len(command.sides), error)
             digests = None
         self._feed(ev.Digested(command.job, digests))
 
     def _note(self, note: ev.Note) -> None:
         match note:
-            case ev.TransferEnded(transfer):
-                self._pulls.pop(transfer)[0](note)
-            case ev.PartConfirmed(transfer, part):
-                self._pulls[transfer][1](part)
+            case ev.Met():
+                self._pulls.met(note)
+            case ev.TransferEnded():
+                self._pulls.ended(note)
+            case ev.PartConfirmed():
+                self._pulls.confirmed(note)
             case ev.LeaseEnded(number, _, reason):
                 future = self._lease_ends.pop(number, None)
                 if future is not None and not future.done():
@@ -476,7 +498,3 @@ class Agent:
                 pass
         if self._on_note is not None:
             self._on_note(note)
-
-
-def _ignore(_: object) -> None:
-    pass

@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
 from pd_connector.memory import GridRef
-from pd_connector.plan import Runs
+from pd_connector.plan import Side
 from pd_connector.protocol.messages import DIGEST_BYTES
 
 
-def digest_blocks(
-    views: Sequence[memoryview], grids: Sequence[GridRef], wanted: Sequence[int], runs: Runs, column: int
-) -> bytes:
-    """DIGEST_BYTES of BLAKE2b for every grid in ``wanted`` and every block in ``column`` of ``runs``, in that order.
+def digest_blocks(views: Sequence[memoryview], grids: Sequence[GridRef], sides: Sequence[Side]) -> bytes:
+    """DIGEST_BYTES of BLAKE2b for every side, place and block, in this order, over the place's runs one behind another:
+    the same on both sides of a read, however each arranges its blocks.
 
-    ``views`` are the regions' bytes. hashlib releases the GIL for each block.
-    """
-    blocks = [first + i for first, count in runs[:, [column, 2]].tolist() for i in range(count)]
+    ``views`` are the regions' bytes. hashlib releases the GIL for each block."""
     out = bytearray()
-    for index in wanted:
-        ref = grids[index]
-        view, grid = views[ref.region], ref.grid
-        for block in blocks:
-            start = grid.offset + block * grid.block_stride
-            out += hashlib.blake2b(view[start : start + grid.block_bytes], digest_size=DIGEST_BYTES).digest()
+    for blocks, places in sides:
+        for place in places:
+            ref = grids[place.grid]
+            counts, strides = [count for count, _ in place.dims], [stride for _, stride in place.dims]
+            base = np.frombuffer(views[ref.region], np.uint8)[ref.grid.offset + place.offset :]
+            for block in blocks.tolist():
+                rows = as_strided(base[block * ref.grid.block_stride :], (*counts, place.run_bytes), (*strides, 1))
+                out += hashlib.blake2b(np.ascontiguousarray(rows).data, digest_size=DIGEST_BYTES).digest()
     return bytes(out)

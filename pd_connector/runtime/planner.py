@@ -1,42 +1,157 @@
-"""Planner: block ids of one pull → the plans that are posted."""
+"""Planner: what a pull wants, and which rank of the owner it is read from by which plans."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pd_connector.errors import LocalProtocolError
+from pd_connector.layout import KVLayout
 from pd_connector.memory import GridRef
-from pd_connector.plan import CopyPlan, WholeBlocks, split_layers
+from pd_connector.plan import CopyPlan, block_ids, split_layers
+from pd_connector.protocol.messages import Endpoint
+from pd_connector.ranks import Duties, duties
+from pd_connector.reshard import Resharding
 
 Ids = npt.NDArray[np.uint32]
 
+_MAX_OWNERS = 256
+"""Owners whose division of work is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Tokens ``first`` to ``last - 1`` of one KV cache group, from ``source`` blocks that begin at token 0 into
+    ``target`` blocks that begin at token ``start``. In blocks instead of tokens if not ``in_tokens``."""
+
+    source: Ids
+    target: Ids
+    first: int
+    last: int
+    start: int
+    in_tokens: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """What is read from one rank of the owner. ``layers`` numbers the reader's layer of each part."""
+
+    rank: int
+    readers: int
+    parts: tuple[tuple[CopyPlan, ...], ...]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    ranks: tuple[Endpoint, ...]
+    duties: Duties
+    reshardings: dict[int, Resharding]
+
 
 class Planner:
-    """For one agent's registered memory: ``grids`` in canonical order."""
+    """For one agent's registered memory: ``grids`` in canonical order, ``layout`` what they mean."""
 
-    def __init__(self, grids: Sequence[GridRef]) -> None:
+    def __init__(self, grids: Sequence[GridRef], layout: KVLayout) -> None:
         self._grids = grids
-        self._groups: dict[int, WholeBlocks] = {}
+        self.layout = layout
+        self.instance: tuple[KVLayout, ...] = (layout,)
+        """Layouts of all ranks of the instance that this one belongs to; they share the work."""
+        self._owners: OrderedDict[tuple[int, ...], _Owner] = OrderedDict()
 
-    def group(self, group: int) -> WholeBlocks:
+    def num_blocks(self, group: int) -> int:
         """Raises LocalProtocolError for a group that is not registered."""
-        if group not in self._groups:
-            self._groups[group] = WholeBlocks(self._grids, group)
-        return self._groups[group]
+        sizes = [ref.grid.num_blocks for ref in self._grids if ref.grid.group == group]
+        if not sizes:
+            raise LocalProtocolError(f"KV cache group {group} is not registered here")
+        return min(sizes)
 
-    def parts(
-        self, sources: Sequence[Ids], targets: Sequence[Ids], skip_blocks: int, partial: bool, by_layer: bool
-    ) -> list[CopyPlan]:
-        """One plan per group, or per layer. ``targets`` are for the sources from ``skip_blocks`` on: all of them, or if
-        ``partial`` as many as there are targets. Raises LocalProtocolError for ids that do not fit."""
+    def demand(
+        self,
+        sources: Sequence[Ids],
+        targets: Sequence[Ids],
+        *,
+        skip_blocks: int = 0,
+        partial: bool = False,
+        tokens: Sequence[tuple[int, int]] | None = None,
+    ) -> list[Demand]:
+        """``targets`` are for the sources from ``skip_blocks`` on: all of them, or if ``partial`` as many as there are
+        targets. With ``tokens``, a range per group, they are for these tokens instead, and begin with the block that
+        holds the first. Raises LocalProtocolError for ids that cannot serve."""
         if len(targets) != len(sources):
             raise LocalProtocolError(f"the ticket has {len(sources)} KV cache groups, {len(targets)} were given")
-        plans = []
+        if tokens is not None and len(tokens) != len(sources):
+            raise LocalProtocolError(
+                f"the ticket has {len(sources)} KV cache groups, {len(tokens)} token ranges were given"
+            )
+        out = []
         for group, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            wanted = source[skip_blocks : skip_blocks + len(target) if partial else None]
-            plan = self.group(group).plan(wanted, target)
-            plans.extend(split_layers(plan, self._grids) if by_layer else [plan])
-        return plans
+            self._check_target(group, target)
+            if tokens is not None:
+                first, last = tokens[group]
+                size = self.layout.groups[group].block_tokens
+                if not 0 <= first <= last or (first == last and len(target)):
+                    raise LocalProtocolError(
+                        f"tokens {first} to {last} of group {group} are not a range for these blocks"
+                    )
+                out.append(Demand(source, target, first, last, first // size * size, True))
+                continue
+            wanted = len(source) - skip_blocks
+            if len(target) > wanted or (len(target) < wanted and not partial):
+                raise LocalProtocolError(f"{max(wanted, 0)} source blocks but {len(target)} destination blocks")
+            out.append(Demand(source, target, skip_blocks, skip_blocks + len(target), skip_blocks, False))
+        return out
+
+    def _check_target(self, group: int, target: Ids) -> None:
+        limit, ids = self.num_blocks(group), np.sort(block_ids(target, "destination"))
+        if len(ids) and ids[-1] >= limit:
+            raise LocalProtocolError(f"destination block {ids[-1]} does not exist: group {group} has {limit}")
+        if (ids[1:] == ids[:-1]).any():
+            raise LocalProtocolError("a destination block is named twice in one transfer")
+
+    def legs(self, owners: Sequence[Endpoint], demands: Sequence[Demand], by_layer: bool) -> tuple[list[Leg], Duties]:
+        """What to read from which rank. Raises LayoutMismatch, and LocalProtocolError for ids that do not fit the
+        owner's block size."""
+        owner = self._owner(owners)
+        out = []
+        for rank, resharding in owner.reshardings.items():
+            plans = [plan for group, demand in enumerate(demands) for plan in self._plans(resharding, group, demand)]
+            parts = split_layers(plans, self._grids) if by_layer else [tuple(plans)]
+            out.append(Leg(rank, owner.duties.readers[rank], tuple(parts or [()]), self._layers(parts)))
+        return out, owner.duties
+
+    def _plans(self, resharding: Resharding, group: int, demand: Demand) -> list[CopyPlan]:
+        first, last, start = demand.first, demand.last, demand.start
+        size, theirs = (each.groups[group].block_tokens for each in (self.layout, resharding.theirs))
+        if not demand.in_tokens:
+            if size != theirs:
+                raise LocalProtocolError(f"blocks of group {group}: {size} tokens here, {theirs} there: name tokens")
+            first, last, start = first * size, last * size, start * size
+        if first < last:
+            # The rest of the last block is nobody's on either side, and whole blocks are read in fewer pieces.
+            last = min(-(-last // size) * size, -(-last // theirs) * theirs)
+        return resharding.plan(group, demand.source, demand.target, first, last, 0, start)
+
+    def _layers(self, parts: Sequence[Sequence[CopyPlan]]) -> tuple[int, ...]:
+        every = sorted({(ref.grid.group, ref.grid.layer) for ref in self._grids})
+        number = {layer: index for index, layer in enumerate(every)}
+        grids = [
+            self._grids[part[0].patterns[0].dst_grid].grid if part and part[0].patterns else None for part in parts
+        ]
+        return tuple(0 if grid is None else number[grid.group, grid.layer] for grid in grids)
+
+    def _owner(self, owners: Sequence[Endpoint]) -> _Owner:
+        key = tuple(endpoint.incarnation for endpoint in owners)
+        known = self._owners.get(key)
+        if known is None or known.ranks != tuple(owners):  # nobody may leave a plan under another one's name
+            layouts = {endpoint.rank: endpoint.layout for endpoint in owners}
+            work = duties(self.layout.rank, self.instance, list(layouts.values()))
+            made = {rank: Resharding(self.layout, layouts[rank], share) for rank, share in work.shares.items()}
+            known = self._owners[key] = _Owner(tuple(owners), work, made)
+            if len(self._owners) > _MAX_OWNERS:
+                self._owners.popitem(last=False)
+        return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,10 +53,18 @@ class Arena:
         for pattern in plan.patterns:
             for src, dst, count in plan.runs.tolist():
                 for step in range(count):
-                    target = self.chunk(after, pattern.dst_grid, dst + step, pattern.dst_offset, pattern.run_bytes)
-                    target[:] = source.chunk(
-                        source.arrays, pattern.src_grid, src + step, pattern.src_offset, pattern.run_bytes
-                    )
+                    here, there = dst + step * plan.dst_step, src + step * plan.src_step
+                    for place in itertools.product(*(range(dim.times) for dim in pattern.dims)):
+                        at = [
+                            sum(index * dim[side] for index, dim in zip(place, pattern.dims, strict=True))
+                            for side in (1, 2)
+                        ]
+                        target = self.chunk(
+                            after, pattern.dst_grid, here, pattern.dst_offset + at[1], pattern.run_bytes
+                        )
+                        target[:] = source.chunk(
+                            source.arrays, pattern.src_grid, there, pattern.src_offset + at[0], pattern.run_bytes
+                        )
         return after
 
 

@@ -30,7 +30,17 @@ from pd_connector.errors import LocalProtocolError
 from pd_connector.plan import CopyPlan, Pattern, coalesce
 from pd_connector.testing.conformance_endings import Endings
 from pd_connector.testing.owner_process import LocalOwner, Owner, ProcessOwner
-from pd_connector.testing.pair import CAPABILITY, DEADLINE_S, IMPOSSIBLE_PLANS, LEASE, PEER, SEED, Pair, random_plan
+from pd_connector.testing.pair import (
+    CAPABILITY,
+    DEADLINE_S,
+    IMPOSSIBLE_PLANS,
+    LEASE,
+    PEER,
+    SEED,
+    Pair,
+    random_plan,
+    strided_plan,
+)
 from pd_connector.transport.base import Completion, LeaseId, Status, Transport
 
 
@@ -95,6 +105,15 @@ class TransportConformance(Endings):
         rng = random.Random(SEED)
         for _ in range(60):
             plan = random_plan(rng, mixed)
+            expected = mixed.target.expect(plan, mixed.source, mixed.target.arrays)
+            completion = mixed.wait(mixed.read(plan))
+            assert completion.status is Status.DONE, completion
+            assert mixed.target.same(expected), f"wrong bytes for {plan}"
+
+    def test_strided_plans_are_byte_exact(self, mixed: Pair) -> None:
+        rng = random.Random(SEED)
+        for _ in range(80):
+            plan = strided_plan(rng, mixed)
             expected = mixed.target.expect(plan, mixed.source, mixed.target.arrays)
             completion = mixed.wait(mixed.read(plan))
             assert completion.status is Status.DONE, completion

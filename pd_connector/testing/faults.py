@@ -9,14 +9,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from pd_connector.errors import ConfigError, LocalProtocolError
 from pd_connector.memory import Region, order_grids
-from pd_connector.plan import CopyPlan, Pattern, Runs
+from pd_connector.plan import CopyPlan, Runs
 from pd_connector.testing.fault_script import (
     TICK_S,
     FaultScript,
@@ -352,17 +352,21 @@ def halve(plan: CopyPlan) -> list[CopyPlan]:
     """A plan as two that write disjoint bytes: by pattern, else by block, else by byte (or as it is: one byte)."""
     if len(plan.patterns) > 1:
         middle = len(plan.patterns) // 2
-        return [CopyPlan(plan.runs, plan.patterns[:middle]), CopyPlan(plan.runs, plan.patterns[middle:])]
+        return [replace(plan, patterns=plan.patterns[:middle]), replace(plan, patterns=plan.patterns[middle:])]
     if plan.num_blocks > 1:
-        return [CopyPlan(runs, plan.patterns) for runs in _halve_runs(plan)]
-    if plan.num_bytes > 1:
-        whole = plan.patterns[0]
+        return [replace(plan, runs=runs) for runs in _halve_runs(plan)]
+    if plan.num_bytes and (whole := plan.patterns[0]).run_bytes > 1:
         size = whole.run_bytes // 2
-        first = Pattern(whole.src_grid, whole.dst_grid, whole.src_offset, whole.dst_offset, size)
-        rest = Pattern(
-            whole.src_grid, whole.dst_grid, whole.src_offset + size, whole.dst_offset + size, whole.run_bytes - size
+        first, rest = (
+            replace(whole, run_bytes=size),
+            replace(
+                whole,
+                src_offset=whole.src_offset + size,
+                dst_offset=whole.dst_offset + size,
+                run_bytes=whole.run_bytes - size,
+            ),
         )
-        return [CopyPlan(plan.runs, (first,)), CopyPlan(plan.runs, (rest,))]
+        return [replace(plan, patterns=(first,)), replace(plan, patterns=(rest,))]
     return [plan]
 
 
@@ -372,5 +376,6 @@ def _halve_runs(plan: CopyPlan) -> Iterable[Runs]:
         return plan.runs[:middle], plan.runs[middle:]
     src, dst, count = plan.runs[0].tolist()
     half = count // 2
-    rows = [(src, dst, half)], [((src + half) % 2**32, (dst + half) % 2**32, count - half)]
+    behind = (src + half * plan.src_step) % 2**32, (dst + half * plan.dst_step) % 2**32, count - half
+    rows = [(src, dst, half)], [behind]
     return [np.array(row, np.uint32) for row in rows]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pd_connector.plan import CopyPlan, Pattern, WholeBlocks, coalesce
+from pd_connector.plan import CopyPlan, Dim, Pattern, coalesce, whole_patterns
 from pd_connector.testing.arena import GEOMETRIES, POISON, Arena
 from pd_connector.testing.owner_process import Owner
 from pd_connector.transport.base import Completion, LeaseId, Status, Transport
@@ -35,6 +35,15 @@ IMPOSSIBLE_PLANS = (
     CopyPlan(np.array([[2**32 - 1, 0, 2]], np.uint32), (Pattern(0, 0, 0, 0, 1),)),
     CopyPlan(np.array([[0, 0, 48], [0, 0, 1]], np.uint32), (Pattern(0, 0, 0, 0, 1),)),
     CopyPlan(np.array([[0, 0, 2**32 - 1]], np.uint32), (Pattern(0, 0, 0, 0, 1),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(2, 0, 4096),)),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 4000, 48, (Dim(3, 48, 48),)),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(0, 1, 1),)),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(2**40, 2**40, 0),)),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(2**60, 0, 0),) * 2),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(1, 1, 1),) * 4),)),
+    CopyPlan(np.array([[0, 0, 2]], np.uint32), (Pattern(0, 0, 0, 0, 1),), 1, 48),
+    CopyPlan(np.array([[0, 0, 3]], np.uint32), (Pattern(0, 0, 0, 0, 1),), 2**31, 1),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1),), 0, 1),
 )
 """Of the mixed geometry: destinations that are not registered, sources that cannot be."""
 
@@ -75,7 +84,7 @@ class Pair:
         return tag
 
     def blocks(self, src: Sequence[int], dst: Sequence[int] | None = None, group: int = 0) -> CopyPlan:
-        return WholeBlocks(self.target.grids, group).plan(src, src if dst is None else dst)
+        return CopyPlan(coalesce(src, src if dst is None else dst), whole_patterns(self.target.grids, group))
 
     def long(self, src: Sequence[int], dst: Sequence[int] | None = None) -> CopyPlan:
         """The same bytes over and over, so that even at the speed of memory there is a middle to do something in."""
@@ -136,3 +145,29 @@ def random_plan(rng: random.Random, pair: Pair) -> CopyPlan:
         first = rng.randint(0, 48 - blocks)
         return CopyPlan(coalesce(range(first, first + blocks), range(48 - blocks, 48)), tuple(patterns))
     return CopyPlan(coalesce(rng.sample(range(48), blocks), rng.sample(range(48), blocks)), tuple(patterns))
+
+
+def strided_plan(rng: random.Random, pair: Pair) -> CopyPlan:
+    """Runs with steps; patterns of up to three dimensions, of runs from one byte to some thousand, in any order on the
+    source's side and apart on the destination's."""
+    grids = pair.target.grids
+    patterns = []
+    for dst_grid in rng.sample(range(len(grids)), rng.randint(1, 3)):
+        src_grid = rng.randrange(len(grids))
+        src_size, dst_size = (grids[grid].grid.block_bytes for grid in (src_grid, dst_grid))
+        counts = [rng.randint(1, 4) for _ in range(rng.randint(1, 3))]
+        run = rng.randint(1, max(1, min(src_size, dst_size) // 4 ** len(counts)))
+        dims, dst_stride, src_left = [], run + rng.choice((0, 0, rng.randrange(8))), src_size - run
+        for count in counts:
+            src_stride = rng.randint(0, src_left // max(count - 1, 1))
+            src_left -= (count - 1) * src_stride
+            dims.append(Dim(count, src_stride, dst_stride))
+            dst_stride *= count
+        rng.shuffle(dims)
+        pattern = Pattern(src_grid, dst_grid, rng.randint(0, src_left), 0, run, tuple(dims))
+        if pattern.dst_span <= dst_size:
+            patterns.append(pattern)
+    src_step, dst_step = rng.randint(1, 4), rng.randint(1, 4)
+    counts = [rng.randint(1, 4) for _ in range(3)]
+    runs = [(rng.randint(0, 48 - 4 * src_step), 16 * index, count) for index, count in enumerate(counts)]
+    return CopyPlan(np.array(runs, np.uint32), tuple(patterns), src_step, dst_step)

@@ -81,9 +81,9 @@ class Data:
                     self._cancel(job)
 
     def post(self, command: PostRead) -> None:
-        watch, part = self.node.plans[id(command.plan)]
+        watch, part, plan = self.node.plans[id(command.plan)]
         rng = random.Random(f"{self.node.world.script.seed}/read/{watch.name}/{part}/{command.tag}")
-        pieces = list(watch.parts[part])
+        pieces = list(plan)
         rng.shuffle(pieces)
         job = self.jobs[command.tag] = ReadJob(command, watch, part, rng, pieces)
         if command.peer in self.peers:

@@ -64,11 +64,12 @@ class Offer:
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """One read of one instance: a pull on each rank into the same blocks."""
+    """One read of one instance: on each rank a pull from each owner rank that has something for it, into the same
+    blocks. ``running`` counts the pulls that have not ended."""
 
     name: str
     holding: Holding
-    running: set[Node] = field(default_factory=set)
+    running: int = 0
 
 
 class Engine:
@@ -250,43 +251,56 @@ class Engine:
                 self._world.count("reads without blocks")
                 self.front.call(Forgo(offer.ticket))
             return
-        fetch = Fetch(name, holding, set(self.ranks))
-        for rank, node in enumerate(self.ranks):
-            self._pull(read, offer, fetch, rank, node)
+        owners = len(offer.promised)
+        legs = [
+            (node, rank, leg) for rank, node in enumerate(self.ranks) for leg in _legs(rank, len(self.ranks), owners)
+        ]
+        fetch = Fetch(name, holding, len(legs))
+        for node, rank, (owner, share) in legs:
+            self._pull(read, offer, fetch, node, f"{name}.r{rank}.{owner}", owner, share)
         if read.again_after is not None:
             again = replace(read, again_after=None, keep=None, forge="")
             if not read.forge:
                 self._later(read.again_after, self._start, again, f"{name}again", offer, 3)
 
-    def _pull(self, read: Read, offer: Offer, fetch: Fetch, rank: int, node: Node) -> None:
-        plans = list(self._plans(offer.ticket, fetch.holding, read.layerwise))
-        parts = tuple(tuple(_pieces(plan)) for plan in plans)
+    def _pull(
+        self, read: Read, offer: Offer, fetch: Fetch, node: Node, name: str, owner: int, share: tuple[int, int]
+    ) -> None:
+        parts = tuple(self._parts(offer.ticket, fetch.holding, read.layerwise, share)) or ((),)
+        pieces = tuple(tuple(piece for plan in part for piece in _pieces(plan)) for part in parts)
         forged = bool(read.forge)
-        promised = offer.promised[rank] if rank < len(offer.promised) else {}
-        watch = Watch(f"{fetch.name}.r{rank}", parts, promised, None if forged else offer.holding, read.audit)
+        watch = Watch(name, pieces, offer.promised[owner], None if forged else offer.holding, read.audit)
         number = node.core.new_id()
-        for part, plan in enumerate(plans):
-            node.plans[id(plan)] = (watch, part)
+        for index, part in enumerate(parts):
+            for plan in part:
+                node.plans[id(plan)] = (watch, index, tuple(_pieces(plan)))
         self._pulls[node, number] = (fetch, watch)
         self._world.count("pulls")
-        pull = Pull(number, offer.ticket, tuple(plans), read.timeout, rank, read.priority, read.audit)
+        readers = max(1, -(-(len(self.ranks) - owner) // len(offer.promised)))
+        pull = Pull(number, offer.ticket, parts, read.timeout, owner, readers, read.priority, read.audit)
         node.call(pull)
         if read.abort_after is not None:
             node.call_later(read.abort_after, Abort(number))
 
-    def _plans(self, ticket: Ticket, holding: Holding, layerwise: bool) -> Iterator[CopyPlan]:
-        """One part per group, or one per layer of each group."""
-        rest, grid = list(holding.blocks), 0
+    def _parts(
+        self, ticket: Ticket, holding: Holding, layerwise: bool, share: tuple[int, int]
+    ) -> Iterator[tuple[CopyPlan, ...]]:
+        """One part for everything, one per group, or one per layer of each group. ``share``: every so many-th grid."""
+        rest, grid, whole = list(holding.blocks), 0, []
         for group, source in enumerate(ticket.blocks):
             target, rest = rest[: len(source)], rest[len(source) :]
             runs = coalesce(source, target)
             grids = range(grid, grid + self._world.script.rules.grids[group])
             grid = grids.stop
-            patterns = tuple(Pattern(one, one, 0, 0, 64) for one in grids)
+            patterns = tuple(Pattern(one, one, 0, 0, 64) for one in grids if one % share[1] == share[0])
             if layerwise:
-                yield from (CopyPlan(runs, (pattern,)) for pattern in patterns)
-            else:
-                yield CopyPlan(runs, patterns)
+                yield from ((CopyPlan(runs, (pattern,)),) for pattern in patterns)
+            elif patterns:
+                whole.append(CopyPlan(runs, patterns))
+        if ticket.lease % 2 and not layerwise:
+            yield tuple(whole)
+        else:
+            yield from ((plan,) for plan in whole)
 
     def _ended_pull(self, node: Node, note: TransferEnded) -> None:
         if (node, note.transfer) not in self._pulls:
@@ -297,10 +311,10 @@ class Engine:
         self._world.count("calm transfers" if calm else f"transfers {note.outcome}")
         if calm and note.outcome != "done":
             raise Violation("no progress", f"{watch.name} ended {note.outcome} in a calm world: {note.error}")
-        self._quiet(fetch, node)
+        self._quiet(fetch)
 
-    def _quiet(self, fetch: Fetch, node: Node) -> None:
-        fetch.running.discard(node)
+    def _quiet(self, fetch: Fetch) -> None:
+        fetch.running -= 1
         if not fetch.running:
             self._free(fetch.holding)
 
@@ -342,7 +356,7 @@ class Engine:
             watch.outcome = "refused"
             if self._world.script.rules.calm:
                 raise Violation("no progress", f"{watch.name} was refused in a calm world: {error}")
-            self._quiet(fetch, node)
+            self._quiet(fetch)
         else:
             raise Violation("crash", f"{node.name} refused {event}: {error}")
 
@@ -368,6 +382,16 @@ class Engine:
             raise Violation("unfinished", f"instance {self._instance} still pulls {', '.join(running)}")
         for node in self.nodes():
             node.check_idle()
+
+
+def _legs(rank: int, readers: int, owners: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Which owner ranks a reader's rank reads from, and its share of the grids from each."""
+    if owners < readers:
+        yield rank % owners, (0, 1)
+        return
+    mine = range(rank, owners, readers)
+    for index, owner in enumerate(mine):
+        yield owner, (index, len(mine))
 
 
 def _pieces(plan: CopyPlan) -> Iterator[Piece]:

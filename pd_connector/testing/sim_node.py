@@ -31,7 +31,7 @@ from pd_connector.protocol.events import (
 )
 from pd_connector.protocol.messages import Message, decode, encode
 from pd_connector.testing.sim_data import Data
-from pd_connector.testing.sim_truth import Violation, Watch
+from pd_connector.testing.sim_truth import Piece, Violation, Watch
 
 if TYPE_CHECKING:
     from pd_connector.testing.sim_engine import Engine
@@ -53,8 +53,8 @@ class Node:
         self.data = Data(self)
         blocks = world.script.rules.blocks
         self.memory = [[world.truth.new_content() for _ in range(blocks)] for _ in range(grids)]
-        self.plans: dict[int, tuple[Watch, int]] = {}
-        """Which part of which pull a plan belongs to, by the plan's identity."""
+        self.plans: dict[int, tuple[Watch, int, tuple[Piece, ...]]] = {}
+        """Which part of which pull a plan belongs to and what it reads, by the plan's identity."""
         self.dialled: dict[str, int] = {}
         self.dead = False
         self.frozen_until = 0.0
@@ -141,13 +141,11 @@ class Node:
             self.world.count("digests failed")
             self.feed(Digested(command.job, None))
             return
-        blocks = [
-            block for run in command.runs.tolist() for block in range(run[command.column], run[command.column] + run[2])
-        ]
         out = b"".join(
-            hashlib.blake2b(self.memory[grid][block].to_bytes(8), digest_size=8).digest()
-            for grid in command.grids
-            for block in blocks
+            hashlib.blake2b(self.memory[place.grid][block].to_bytes(8), digest_size=8).digest()
+            for side in command.sides
+            for place in side.places
+            for block in side.blocks.tolist()
         )
         self.feed(Digested(command.job, out))
 

@@ -202,8 +202,15 @@ def simpler(op: Op) -> Iterator[Op]:
 
 
 def _instances(rng: random.Random) -> tuple[Instance, ...]:
-    if rng.random() < 0.2:
-        return (Instance(2, True), Instance(2, True))
+    if rng.random() < 0.3:
+        return rng.choice(
+            (
+                (Instance(2, True), Instance(2, True)),
+                (Instance(2, True), Instance(1, False)),
+                (Instance(1, False), Instance(2, True)),
+                (Instance(3, True), Instance(1, False)),
+            )
+        )
     count = rng.choice((2, 2, 3, 3, 4))
     plain = [Instance(1, rng.random() < 0.25) for _ in range(count)]
     while sum(one.ranks + one.speaker for one in plain) > 5:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from pd_connector.layout import GroupLayout, KVLayout
+from pd_connector.layout import Form, GroupLayout, KVLayout, Part
 from pd_connector.protocol.context import Identity
 from pd_connector.protocol.events import Disconnected, Drain
 from pd_connector.protocol.messages import Endpoint
@@ -98,13 +98,13 @@ class World:
                 name,
                 incarnation,
                 "simulated",
-                self._layout(shape.packing, rank, shape.ranks),
+                _layout(shape.packing, rank, shape.ranks, self.script.rules.grids),
                 {"sim": f"sim://{name} {incarnation}".encode()},
             )
             ranks.append(Node(self, name, index, boot, identity, len(self.grid_groups)))
         speaker = None
         if shape.speaker:
-            directory = tuple(Endpoint(r, node.address, node.incarnation) for r, node in enumerate(ranks))
+            directory = tuple(_endpoint(node) for node in ranks)
             identity = Identity(f"a{index}s", rng.getrandbits(63) | 1, "simulated", directory=directory)
             speaker = Node(self, f"a{index}s", index, boot, identity, 0)
         engine = Engine(self, index, ranks, speaker)
@@ -112,21 +112,6 @@ class World:
             node.engine = engine
             self.hosts[node.address] = node
         return engine
-
-    def _layout(self, packing: str, rank: int, ranks: int) -> KVLayout:
-        groups = tuple(
-            GroupLayout(
-                kind="full",
-                block_tokens=16,
-                heads=1,
-                head_dim=4,
-                dtype="u8",
-                layers=tuple(f"{group}.{layer}" for layer in range(grids)),
-                part_bytes=(64,) * grids,
-            )
-            for group, grids in enumerate(self.script.rules.grids)
-        )
-        return KVLayout(packing=packing, rank=rank, ranks=ranks, groups=groups)
 
     def deliver(self, read: Read, name: str, offer: Offer) -> None:
         """A ticket reaches the instance that will read; a request that finds nobody is gone."""
@@ -216,3 +201,25 @@ class World:
     def _reboot(self, instance: int) -> None:
         self.say("world", f"instance {instance} boots")
         self.engines[instance] = self._boot(instance)
+
+
+def _layout(packing: str, rank: int, ranks: int, grids: tuple[int, ...]) -> KVLayout:
+    form = Form(block_bytes=(64,), parts=(Part(name="kv", unit_bytes=64, token_stride=64, packing=packing),))
+    groups = tuple(
+        GroupLayout(
+            kind="full",
+            block_tokens=1,
+            dtype="u8",
+            layers=tuple(f"{group}.{layer}" for layer in range(count)),
+            forms=(form,),
+            form_of=(0,) * count,
+        )
+        for group, count in enumerate(grids)
+    )
+    return KVLayout(rank=rank, ranks=ranks, groups=groups)
+
+
+def _endpoint(node: Node) -> Endpoint:
+    identity = node.core.identity
+    assert identity.layout is not None
+    return Endpoint(identity.layout.rank, node.address, node.incarnation, identity.layout)

@@ -11,8 +11,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from pd_connector.errors import LocalProtocolError, RemoteProtocolError
 from pd_connector.memory import MemoryKind, Region, copier, order_grids
-from pd_connector.plan import CopyPlan
-from pd_connector.transport.slices import Blocks, Part
+from pd_connector.plan import MAX_DIMS, CopyPlan, Pattern
+from pd_connector.transport.slices import Blocks, Part, Slice
 
 GATHER_BELOW = 32768
 """Mean bytes per contiguous segment under which one copy by numpy costs less than one frame per segment."""
@@ -65,13 +65,14 @@ class HostMemory:
             return
         if int(runs[:, 2].min()) < 1:
             raise LocalProtocolError("a run of a plan has no blocks")
-        if any(min(p.src_grid, p.src_offset) < 0 or max(p.src_grid, p.src_offset) >= 2**48 for p in plan.patterns):
-            raise LocalProtocolError("a pattern of the plan has an impossible source grid or offset")
-        if int((runs[:, 0].astype(np.int64) + runs[:, 2]).max()) > 2**32:
-            raise LocalProtocolError("a run of the plan ends beyond block 2**32-1 of its source")
+        if any(map(_impossible, plan.patterns)) or min(plan.src_step, plan.dst_step) < 1:
+            raise LocalProtocolError("a pattern of the plan has an impossible source grid, offset or dimension")
         # The highest id is enough, and costs nothing like expanding a run of 2**32 blocks.
-        last = int((runs[:, 1].astype(np.int64) + runs[:, 2]).max()) - 1
-        fault = self.fault(last, [(p.dst_grid, p.dst_offset, p.run_bytes) for p in plan.patterns])
+        wide = runs.astype(np.int64)
+        if int((wide[:, 0] + (wide[:, 2] - 1) * plan.src_step).max()) >= 2**32:
+            raise LocalProtocolError("a run of the plan ends beyond block 2**32-1 of its source")
+        last = int((wide[:, 1] + (wide[:, 2] - 1) * plan.dst_step).max())
+        fault = self.fault(last, [(p.dst_grid, p.dst_offset, p.dst_span) for p in plan.patterns])
         if fault is not None:
             raise LocalProtocolError(f"the plan does not fit the memory registered here: {fault}")
         limit = min(self._grids[pattern.dst_grid].num_blocks for pattern in plan.patterns)
@@ -87,6 +88,28 @@ class HostMemory:
         for rows, stream in self._rows(blocks, parts, out):
             stream[:] = rows[blocks]
         return [out]
+
+    def place(self, piece: Slice, stream: Iterable[Buffer]) -> None:
+        """Write a slice's stream as it comes. Raises RemoteProtocolError when it is shorter or longer than the slice,
+        having written nothing outside of it."""
+        if not piece.patterns:
+            self.store(piece.dst_blocks, piece.dst_parts, stream)
+            return
+        whole = np.empty(piece.num_bytes, np.uint8)
+        _fill([whole], stream)
+        at = 0
+        for pattern in piece.patterns:
+            end = at + len(piece.dst_blocks) * pattern.src_span
+            self._scatter(piece.dst_blocks, pattern, whole[at:end])
+            at = end
+
+    def _scatter(self, blocks: Blocks, pattern: Pattern, spans: Buffer) -> None:
+        ref, counts = self._refs[pattern.dst_grid], [dim.times for dim in pattern.dims]
+        base = self._bytes[ref.region][ref.grid.offset + pattern.dst_offset :]
+        strides = [dim.dst_stride for dim in pattern.dims]
+        rows = as_strided(base, (ref.grid.num_blocks, *counts, pattern.run_bytes), (ref.grid.block_stride, *strides, 1))
+        strides = [dim.src_stride for dim in pattern.dims]
+        rows[blocks] = as_strided(spans, (len(blocks), *counts, pattern.run_bytes), (pattern.src_span, *strides, 1))
 
     def store(self, blocks: Blocks, parts: Sequence[Part], stream: Iterable[Buffer]) -> None:
         """Write a stream piece by piece as it comes; its cuts need not fall on ours.
@@ -138,6 +161,17 @@ class HostMemory:
             end = at + len(blocks) * size
             yield whole[:, offset : offset + size], stream[at:end].reshape(len(blocks), size)
             at = end
+
+
+def _impossible(pattern: Pattern) -> bool:
+    sizes = [pattern.src_grid, pattern.src_offset, *(value for dim in pattern.dims for value in dim)]
+    counts = [dim.times for dim in pattern.dims]
+    return (
+        len(counts) > MAX_DIMS
+        or min(sizes) < 0
+        or min(counts, default=1) < 1
+        or max(pattern.src_grid, pattern.src_offset, pattern.src_span, pattern.num_bytes) >= 2**48
+    )
 
 
 def _empty(blocks: Blocks, parts: Iterable[Part]) -> Buffer:

@@ -23,7 +23,7 @@ from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
 from pd_connector.transport.grants import Grants, check_claim
 from pd_connector.transport.hostmem import HostMemory
-from pd_connector.transport.slices import Slice, cut
+from pd_connector.transport.slices import Slice, cut, stream_bytes
 from pd_connector.transport.tags import TagBook
 
 _agents: WeakValueDictionary[bytes, InprocTransport] = WeakValueDictionary()
@@ -124,7 +124,7 @@ class InprocTransport(Transport):
             elif not plan.num_bytes:
                 self._tags.finish(tag, Status.DONE)
             else:
-                read = _Read(tag, peer, lease, capability, self._memory, cut(plan), plan.num_bytes)
+                read = _Read(tag, peer, lease, capability, self._memory, cut(plan), stream_bytes(plan))
                 self._queues.setdefault(priority, deque()).append(read)
                 self._tags.doorbell.ring()
 
@@ -185,7 +185,7 @@ class InprocTransport(Transport):
         if refusal is not None:
             return Status.NOT_GRANTED, refusal
         source = memory.load(piece.src_blocks, piece.src_parts)
-        read.memory.store(piece.dst_blocks, piece.dst_parts, source)
+        read.memory.place(piece, source)
         return Status.DONE, ""
 
     def _end(self, which: Any, status: Status, detail: str) -> None:

@@ -13,9 +13,10 @@ import socket
 import struct
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import count
+from itertools import chain, count
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
@@ -26,7 +27,7 @@ from msgspec import Meta
 from pd_connector.config import Cpu
 from pd_connector.errors import ConfigError, LocalProtocolError, TransportUnavailable
 from pd_connector.memory import MemoryKind, Pool, Region, native, order_grids, pool_at
-from pd_connector.plan import CopyPlan, Pattern
+from pd_connector.plan import MAX_DIMS, CopyPlan, Dim, Pattern
 from pd_connector.transport.base import Completion, LeasedBlocks, LeaseId, PeerId, Scope, Status, Traits, Transport
 from pd_connector.transport.grants import check_capability, check_claim
 from pd_connector.transport.options import Listening, parse_listening, parse_options
@@ -36,7 +37,9 @@ logger = logging.getLogger(__name__)
 _STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, Status.ERROR)
 _REGION = struct.Struct("=QQiIQQ")
 _GRID = struct.Struct("=IIQQQQ")
-_PATTERN = struct.Struct("=5Q")
+_PATTERN = struct.Struct("=14Q")
+_ONCE = Dim(1, 0, 0)
+_MAX_PACKED = 256
 Threads = Annotated[int, Meta(ge=0, le=64)]
 FEWEST_LANES, LANES_NEAR = 2, 0.85
 """One lane leaves half of what two move behind wherever there are two processors."""
@@ -72,7 +75,7 @@ class NativeTransport(Transport):
         self._closed = False
         self._peers: dict[PeerId, int] = {}
         self._numbers = count(_NEVER + 1)
-        self._packed: tuple[tuple[Pattern, ...], bytes] = ((), b"")
+        self._packed: OrderedDict[int, tuple[tuple[Pattern, ...], bytes]] = OrderedDict()
         self._registered: list[object] = []  # reads may still write into memory that was unregistered
         absent = [cpu for cpu in parsed.cpus if not os.path.exists(f"/sys/devices/system/cpu/cpu{cpu}")]
         if absent:
@@ -165,16 +168,23 @@ class NativeTransport(Transport):
         self, peer: PeerId, lease: LeaseId, capability: bytes, plan: CopyPlan, tag: int, priority: int = 0
     ) -> None:
         check_claim(lease, capability)
-        runs, packed = plan.runs, self._packed
-        if packed[0] is not plan.patterns:  # of most reads they are the same, as plan.WholeBlocks made them
-            packed = self._packed = plan.patterns, _pack_patterns(plan)
-        patterns = packed[1]
+        runs, patterns = plan.runs, self._pack(plan.patterns)
         if runs.ndim != 2 or runs.shape[1] != 3 or runs.dtype != np.uint32:
             raise LocalProtocolError(f"runs must be uint32 of shape (n, 3), got {runs.dtype} of {runs.shape}")
         with self._usable() as c:
             number = self._peers.get(peer, _NEVER)
             claim = (lease.number, lease.epoch, capability)
-            c.post_read(self._handle, number, *claim, np.ascontiguousarray(runs), patterns, tag, priority)
+            steps = plan.src_step, plan.dst_step
+            c.post_read(self._handle, number, *claim, np.ascontiguousarray(runs), patterns, *steps, tag, priority)
+
+    def _pack(self, patterns: tuple[Pattern, ...]) -> bytes:
+        """In the order of pd.h; those of most reads are the very same, as planning made them once."""
+        with self._lock:
+            if (known := self._packed.get(id(patterns))) is None:
+                known = self._packed[id(patterns)] = patterns, _pack_patterns(patterns)
+                if len(self._packed) > _MAX_PACKED:
+                    self._packed.popitem(last=False)
+        return known[1]
 
     def cancel(self, tag: int) -> None:
         with self._usable() as c:
@@ -307,10 +317,14 @@ def _pack_region(region: Region, pool: Pool | None) -> bytes:
     return _REGION.pack(region.address, region.length, pool.fd, 0, region.address - pool.address, len(pool))
 
 
-def _pack_patterns(plan: CopyPlan) -> bytes:
+def _dims(pattern: Pattern) -> Iterator[int]:
+    return chain.from_iterable([_ONCE] * (MAX_DIMS - len(pattern.dims)) + [*pattern.dims])
+
+
+def _pack_patterns(patterns: Sequence[Pattern]) -> bytes:
     try:
         return b"".join(
-            _PATTERN.pack(p.src_grid, p.dst_grid, p.src_offset, p.dst_offset, p.run_bytes) for p in plan.patterns
+            _PATTERN.pack(p.src_grid, p.dst_grid, p.src_offset, p.dst_offset, p.run_bytes, *_dims(p)) for p in patterns
         )
     except struct.error as error:
         raise LocalProtocolError("a pattern of the plan has an impossible grid, offset or size") from error

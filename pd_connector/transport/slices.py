@@ -1,7 +1,8 @@
 """A read cut into slices: what one request asks for, small enough that cancel, fence and other reads never wait long.
 
 A slice is block ids × *parts*; a part is (grid, byte offset in the block, bytes). Its byte stream runs part by part,
-within a part block by block: both sides expand it alike, so no descriptor per chunk ever travels.
+within a part block by block: both sides expand it alike, so no descriptor per chunk ever travels. Runs too short to be
+asked for one by one come as whole *spans* of the source blocks, and are put in their places by the reader.
 
 A slice is handled while its bytes wash everything else out of the caches, where a numpy call costs tens of
 microseconds. Hence plain tuples for parts, of which there are few, and arrays only for blocks and chunks.
@@ -9,18 +10,21 @@ microseconds. Hence plain tuples for parts, of which there are few, and arrays o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pd_connector.plan import CopyPlan
+from pd_connector.plan import CopyPlan, Pattern
 
 SLICE_BYTES = 2 << 20
 SLICE_CHUNKS = 8192
 """Bound on blocks × parts of one slice."""
 SLICE_PARTS = 1024
+DIRECT_BYTES = 2048
+"""Shorter runs cost more to ask for one by one than all that lies between them."""
 
 Blocks = npt.NDArray[np.uint32]
 Part = tuple[int, int, int]
@@ -29,47 +33,81 @@ Part = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
+    """``num_bytes`` come. They go to ``dst_parts``, or, if they are spans, to the places of ``patterns``."""
+
     src_blocks: Blocks
     dst_blocks: Blocks
     src_parts: tuple[Part, ...]
     dst_parts: tuple[Part, ...]
     num_bytes: int
+    patterns: tuple[Pattern, ...] = ()
 
 
-def expand(first: Blocks, counts: Blocks) -> Blocks:
-    """Block ids of runs given by their first id and length."""
-    counts = counts.astype(np.int64)
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    steps = np.arange(total, dtype=np.int64) - np.repeat(ends - counts, counts)
-    return (np.repeat(first.astype(np.int64), counts) + steps).astype(np.uint32)
+def comes_as_span(pattern: Pattern) -> bool:
+    return bool(pattern.dims) and pattern.run_bytes < DIRECT_BYTES and pattern.src_span <= SLICE_BYTES
+
+
+def stream_bytes(plan: CopyPlan) -> int:
+    """Bytes of all slices of a plan."""
+    return plan.num_blocks * sum(p.src_span if comes_as_span(p) else p.num_bytes for p in plan.patterns)
 
 
 def cut(plan: CopyPlan) -> Iterator[Slice]:
     """Slices within the three bounds above, in pattern order, lazily."""
-    src, dst = (expand(plan.runs[:, side], plan.runs[:, 2]) for side in (0, 1))
-    src_parts = tuple((p.src_grid, p.src_offset, p.run_bytes) for p in plan.patterns)
-    dst_parts = tuple((p.dst_grid, p.dst_offset, p.run_bytes) for p in plan.patterns)
-    blocks, index = len(src), 0
-    while blocks and index < len(src_parts):
-        size = src_parts[index][2]
+    src, dst = plan.blocks(0), plan.blocks(1)
+    if not len(src):
+        return
+    for spans, patterns in itertools.groupby(plan.patterns, comes_as_span):
+        some = tuple(patterns)
+        if spans:
+            src_parts = tuple((p.src_grid, p.src_offset, p.src_span) for p in some)
+            for pieces, parts in _cut_parts(len(src), src_parts):
+                size = len(src[pieces]) * sum(size for _, _, size in src_parts[parts])
+                yield Slice(src[pieces], dst[pieces], src_parts[parts], (), size, some[parts])
+        else:
+            yield from _cut_runs(src, dst, some)
+
+
+def _cut_runs(src: Blocks, dst: Blocks, patterns: Sequence[Pattern]) -> Iterator[Slice]:
+    places = [(p, place) for p in patterns for place in _places(p)]
+    src_parts = tuple((p.src_grid, p.src_offset + at, p.run_bytes) for p, (at, _) in places)
+    dst_parts = tuple((p.dst_grid, p.dst_offset + at, p.run_bytes) for p, (_, at) in places)
+    for pieces, parts in _cut_parts(len(src), src_parts):
+        a, b = src_parts[parts], dst_parts[parts]
+        if a[0][2] > SLICE_BYTES:
+            yield from _cut_blocks(src[pieces], dst[pieces], a[0], b[0])
+        else:
+            yield Slice(src[pieces], dst[pieces], a, b, len(src[pieces]) * sum(size for _, _, size in a))
+
+
+def _places(pattern: Pattern) -> list[tuple[int, int]]:
+    """How far on each side every place of the dimensions lies from the first."""
+    out = [(0, 0)]
+    for count, src_stride, dst_stride in pattern.dims:
+        out = [(src + i * src_stride, dst + i * dst_stride) for src, dst in out for i in range(count)]
+    return out
+
+
+def _cut_parts(blocks: int, parts: Sequence[Part]) -> Iterator[tuple[slice, slice]]:
+    """(some of the blocks, some of the parts) of each slice; a part that exceeds one is alone, with all blocks."""
+    index = 0
+    while index < len(parts):
+        size = parts[index][2]
         fit = min(SLICE_BYTES // size, SLICE_CHUNKS)  # blocks of this part in one slice
         if fit == 0:
-            yield from _cut_blocks(src, dst, src_parts[index], dst_parts[index])
+            yield slice(0, blocks), slice(index, index + 1)
             index += 1
         elif fit < blocks:
-            parts = src_parts[index : index + 1], dst_parts[index : index + 1]
             for at in range(0, blocks, fit):
-                some = src[at : at + fit], dst[at : at + fit]
-                yield Slice(*some, *parts, len(some[0]) * size)
+                yield slice(at, at + fit), slice(index, index + 1)
             index += 1
         else:
             stop, total = index, 0
             most = index + min(SLICE_PARTS, SLICE_CHUNKS // blocks)
-            while stop < min(len(src_parts), most) and total + blocks * src_parts[stop][2] <= SLICE_BYTES:
-                total += blocks * src_parts[stop][2]
+            while stop < min(len(parts), most) and total + blocks * parts[stop][2] <= SLICE_BYTES:
+                total += blocks * parts[stop][2]
                 stop += 1
-            yield Slice(src, dst, src_parts[index:stop], dst_parts[index:stop], total)
+            yield slice(0, blocks), slice(index, stop)
             index = stop
 
 

@@ -21,7 +21,7 @@ from pd_connector.errors import RemoteProtocolError
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import LeaseId, PeerId, Status
 from pd_connector.transport.hostmem import Buffer, HostMemory
-from pd_connector.transport.slices import Slice, cut
+from pd_connector.transport.slices import Slice, cut, stream_bytes
 from pd_connector.transport.tags import TagBook
 from pd_connector.transport.zmq_owner import set_heartbeat
 from pd_connector.transport.zmq_wire import (
@@ -142,7 +142,9 @@ class Reader:
         if peer is None:
             self._tags.finish(tag, Status.PEER_LOST, f"peer {peer_id} is not connected (or was lost): connect first")
             return
-        read = self._reads[tag] = _Read(tag, peer_id, lease, capability, priority, memory, cut(plan), plan.num_bytes)
+        read = self._reads[tag] = _Read(
+            tag, peer_id, lease, capability, priority, memory, cut(plan), stream_bytes(plan)
+        )
         peer.queues.setdefault(priority, deque()).append(read)
         self._pump(peer)
 
@@ -226,7 +228,7 @@ class Reader:
         if answer.code is not Code.OK:
             self._end(read, _STATUS[answer.code], f"peer {read.peer} refused the read: {answer.detail}")
             return
-        read.memory.store(piece.dst_blocks, piece.dst_parts, frames)
+        read.memory.place(piece, frames)
         self.counters["bytes_read"] += piece.num_bytes
         read.left -= piece.num_bytes
         if not read.left:

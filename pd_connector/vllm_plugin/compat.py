@@ -9,7 +9,9 @@ import platform
 from typing import Any
 
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 _ARCH_PRCTL = 158
 _ARCH_REQ_XCOMP_PERM = 0x1023
@@ -44,10 +46,57 @@ def steps_in_flight(vllm_config: Any) -> int:
     return int(batches if batches is not None else vllm_config.parallel_config.pipeline_parallel_size + 1)
 
 
-def attention_backend(vllm_config: Any, layer: str) -> str:
-    """Name of a layer's attention backend."""
+def hybrid_bases() -> tuple[type, ...]:
+    """What marks a connector as one for several KV cache groups, where vLLM can also be told that a request of several
+    groups failed to load; without it vLLM makes one group of all layers."""
+    supported = hasattr(base, "SupportsHMA") and hasattr(base, "KVConnectorTransferResults")
+    return (base.SupportsHMA,) if supported else ()
+
+
+def transfer_groups(kv_cache_config: Any) -> tuple[int, ...]:
+    """Numbers of the KV cache groups that are handed over."""
+    every = range(len(kv_cache_config.kv_cache_groups))
+    return tuple(getattr(kv_cache_config, "transfer_group_ids", every))
+
+
+def layer_spec(group_spec: Any, layer: str) -> Any:
+    """The spec of one layer: groups of one type may hold layers of several shapes."""
+    return getattr(group_spec, "kv_cache_specs", {}).get(layer, group_spec)
+
+
+def is_state(spec: Any) -> bool:
+    """Whether blocks hold a state instead of tokens (Mamba and its kin)."""
+    return not hasattr(_any_layer_spec(spec), "num_kv_heads")
+
+
+def is_latent(spec: Any) -> bool:
+    """Whether every rank holds the same compressed K and V (MLA)."""
+    return "MLA" in type(_any_layer_spec(spec)).__name__
+
+
+def forgets(spec: Any) -> bool:
+    """Whether blocks of early tokens are given up while a request runs (sliding windows, chunks)."""
+    return not is_state(spec) and not isinstance(_any_layer_spec(spec), FullAttentionSpec)
+
+
+def _any_layer_spec(group_spec: Any) -> Any:
+    return next(iter(getattr(group_spec, "kv_cache_specs", {}).values()), group_spec)
+
+
+def required_layout(vllm_config: Any) -> str | None:
+    """Heads before tokens: a decode instance with another tensor-parallel size then reads the heads that it needs as
+    one run. CPU blocks are so anyhow, and a latent has no heads."""
+    model = vllm_config.model_config
+    if current_platform.device_type == "cpu" or model is None or model.use_mla:
+        return None
+    return "LBHNC" if "kv_cache_layout" in getattr(KVCacheConfig, "__dataclass_fields__", {}) else "HND"
+
+
+def platform_words(vllm_config: Any, layer: str) -> str:
+    """Attention backend and device, for people."""
     found = vllm_config.compilation_config.static_forward_context.get(layer)
-    return str(found.get_attn_backend().get_name()) if hasattr(found, "get_attn_backend") else "unknown"
+    backend = str(found.get_attn_backend().get_name()) if hasattr(found, "get_attn_backend") else "unknown backend"
+    return f"{backend} on {current_platform.device_type}"
 
 
 def interior_packing(dtype: Any, block_tokens: int, head_dim: int) -> str:
@@ -72,11 +121,9 @@ def request_amx_permission() -> None:
             ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
 
 
-def transfer_results(sent: set[str], received: set[str]) -> Any:
+def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:
     """One worker snapshot; only versions that ask for it (get_transfer_results) have the class."""
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-
-    return KVConnectorTransferResults(finished_sending=sent, finished_recving=received)
+    return base.KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
 
 
 def media_of(request: Any) -> tuple[tuple[int, str], ...]:

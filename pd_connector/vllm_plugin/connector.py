@@ -14,7 +14,7 @@ from pd_connector.vllm_plugin.scheduler import PDScheduler
 from pd_connector.vllm_plugin.worker import PDWorker
 
 
-class PDConnector(KVConnectorBase_V1):
+class PDConnector(KVConnectorBase_V1, *compat.hybrid_bases()):  # type: ignore[misc]
     """Hands KV blocks from prefill to decode instances: the decode side reads, the prefill side leases and confirms."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -56,7 +56,15 @@ class PDConnector(KVConnectorBase_V1):
         self.scheduler.workers_reported(connector_output)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.scheduler.finished(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return self.scheduler.finished(request, block_ids)
+
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        return self.scheduler.groups
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, Handshake]) -> None:
         self.scheduler.set_handshakes({(0, rank): shake for rank, shake in metadata.items()})
@@ -99,7 +107,7 @@ class PDConnector(KVConnectorBase_V1):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         finished = self.worker.finished()
-        return compat.transfer_results(finished.sent, finished.received)
+        return compat.transfer_results(finished.sent, finished.received, finished.failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker.take_failed_blocks()
@@ -108,6 +116,10 @@ class PDConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> PDStats | None:
         return self._scheduler.stats() if self._scheduler is not None else self.worker.stats()
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        return compat.required_layout(vllm_config)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PDStats:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pd_connector.layout import GroupLayout, KVLayout
-from pd_connector.memory import Region, order_grids
+from pd_connector.errors import ConfigError
+from pd_connector.layout import GroupLayout, KVLayout, heads_of_rank
+from pd_connector.memory import Region
 from pd_connector.tensors import to_regions
 from pd_connector.vllm_plugin import compat
+from pd_connector.vllm_plugin.interior import Content, form_of, state_form
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -51,48 +53,79 @@ def _samples(path: Path) -> bytes:
 def describe_caches(
     vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, Any], rank: tuple[int, int]
 ) -> tuple[list[Region], KVLayout]:
-    """Regions and layout of a worker's KV cache tensors (one KV cache group: the hybrid manager is off without HMA)."""
+    """Regions and layout of a worker's KV cache tensors: every group that vLLM hands over, in its order.
+
+    Raises ConfigError for a way of dividing the cache that cannot be handed over."""
+    if (ranks := int(getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1))) > 1:
+        raise ConfigError(f"decode_context_parallel_size {ranks} interleaves tokens over ranks: use 1 with PDConnector")
     num_blocks = int(kv_cache_config.num_blocks)
-    caches = {name: _logical_blocks(value, num_blocks) for name, value in kv_caches.items()}
-    regions = to_regions(caches)
-    grids = order_grids(regions)
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    heads, head_dim = int(getattr(spec, "num_kv_heads", 0)), int(getattr(spec, "head_size", 0))
-    dtype = getattr(spec, "dtype", torch.uint8)
-    group = GroupLayout(
-        kind=type(spec).__name__,
-        block_tokens=int(spec.block_size),
-        heads=heads,
-        head_dim=head_dim,
-        dtype=str(dtype).removeprefix("torch."),
-        layers=tuple(caches),
-        part_bytes=tuple(ref.grid.block_bytes for ref in grids),
-    )
-    name, cache = next(iter(caches.items()))
-    first = cache[0] if isinstance(cache, tuple | list) else cache
-    axes = sorted(range(1, first.dim()), key=lambda axis: -first.stride(axis))
-    packing = " ".join(
-        (
-            compat.attention_backend(vllm_config, name),
-            compat.interior_packing(dtype, int(spec.block_size), head_dim),
-            "axes " + ",".join(f"{axis}:{first.shape[axis]}" for axis in axes),
-        )
-    )
+    caches: dict[str, tuple[Any, ...]] = {}
+    group_of: dict[str, int] = {}
+    groups = []
+    for index, group_id in enumerate(compat.transfer_groups(kv_cache_config)):
+        group = kv_cache_config.kv_cache_groups[group_id]
+        layers = {name: _logical_blocks(kv_caches[name], num_blocks) for name in group.layer_names if name in kv_caches}
+        caches.update(layers)
+        group_of.update(dict.fromkeys(layers, index))
+        groups.append(_group(vllm_config, group.kv_cache_spec, layers, rank[1]))
     parallel = vllm_config.parallel_config
     stages, tensor_parallel = int(parallel.pipeline_parallel_size), int(parallel.tensor_parallel_size)
     layout = KVLayout(
-        packing=packing,
+        platform=compat.platform_words(vllm_config, next(iter(caches), "")),
         rank=rank[0] * tensor_parallel + rank[1],
         ranks=stages * tensor_parallel,
-        groups=(group,),
+        groups=tuple(groups),
     )
-    return regions, layout
+    return to_regions(caches, group_of), layout
 
 
-def _logical_blocks(value: Any, num_blocks: int) -> Any:
-    """Kernels may see a block as several smaller ones; the scheduler's block ids count the logical ones."""
+def _group(vllm_config: Any, group_spec: Any, layers: Mapping[str, Sequence[Any]], tensor_rank: int) -> GroupLayout:
+    tensor_parallel = int(vllm_config.parallel_config.tensor_parallel_size)
+    specs = {name: compat.layer_spec(group_spec, name) for name in layers}
+    spec = next(iter(specs.values()), group_spec)
+    stateful = compat.is_state(spec)
+    total, first, heads = _heads(vllm_config, spec, tensor_parallel, tensor_rank)
+    tokens = 1 if stateful else int(spec.block_size)
+    dtype = str(getattr(spec, "dtype", torch.uint8)).removeprefix("torch.")
+    forms = {}
+    for name, tensors in layers.items():
+        if stateful:
+            forms[name] = state_form(tensors, f"rank {tensor_rank} of {tensor_parallel}")
+            continue
+        latent = compat.is_latent(spec)
+        packing = "" if latent else compat.interior_packing(specs[name].dtype, tokens, int(specs[name].head_size))
+        forms[name] = form_of(tensors, Content(heads, tokens, latent, packing))
+    every = tuple(dict.fromkeys(forms.values()))
+    return GroupLayout(
+        kind=type(spec).__name__,
+        block_tokens=tokens,
+        heads=heads,
+        first_head=first,
+        total_heads=total,
+        dtype=dtype,
+        layers=tuple(forms),
+        forms=every,
+        form_of=tuple(every.index(form) for form in forms.values()),
+    )
+
+
+def _heads(vllm_config: Any, spec: Any, tensor_parallel: int, rank: int) -> tuple[int, int, int]:
+    """(KV heads of the model, first one here, how many here): divided evenly, or replicated where heads are fewer."""
+    if compat.is_state(spec) or compat.is_latent(spec):
+        return 1, 0, 1
+    here = int(spec.num_kv_heads)
+    model = int(vllm_config.model_config.get_total_num_kv_heads())
+    shards = getattr(spec, "max_tp_shards", None) or (model if here == 1 else tensor_parallel)
+    total = here * min(int(shards), tensor_parallel)
+    first, heads = heads_of_rank(total, tensor_parallel, rank)
+    assert heads == here, f"{here} KV heads on each of {tensor_parallel} ranks, the model has {total}"
+    return total, first, heads
+
+
+def _logical_blocks(value: Any, num_blocks: int) -> tuple[Any, ...]:
+    """A layer's tensors. Kernels may see a block as several smaller ones; the scheduler's ids count logical ones."""
     if isinstance(value, tuple | list):
-        return tuple(_logical_blocks(part, num_blocks) for part in value)
+        return tuple(tensor for part in value for tensor in _logical_blocks(part, num_blocks))
     if value.shape[0] == num_blocks or value.shape[0] % num_blocks:
-        return value
-    return value.unflatten(0, (num_blocks, value.shape[0] // num_blocks))
+        return (value,)
+    return (value.unflatten(0, (num_blocks, value.shape[0] // num_blocks)),)

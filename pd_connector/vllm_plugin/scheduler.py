@@ -50,7 +50,11 @@ class PDScheduler:
         transfer = vllm_config.kv_transfer_config
         self._engine_id = str(transfer.engine_id)
         self._produces, self._consumes = transfer.is_kv_producer, transfer.is_kv_consumer
-        self._block_tokens = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self.groups = compat.transfer_groups(kv_cache_config)
+        specs = [kv_cache_config.kv_cache_groups[group].kv_cache_spec for group in self.groups]
+        self._block_tokens = [int(spec.block_size) for spec in specs]
+        self._forgetful = any(map(compat.forgets, specs))
+        self._stateful = any(map(compat.is_state, specs))
         self._config = instance_config(vllm_config)
         self._model = self._config.model or model_identity(vllm_config.model_config)
         self._notes: deque[ev.Note] = deque()
@@ -78,15 +82,18 @@ class PDScheduler:
         """All workers are up: tell peers where their ranks listen."""
         tensor_parallel = int(self._vllm_config.parallel_config.tensor_parallel_size)
         ranks = [
-            Endpoint(stage * tensor_parallel + rank, shake.address, shake.incarnation)
+            Endpoint(stage * tensor_parallel + rank, shake.address, shake.incarnation, shake.layout)
             for (stage, rank), shake in sorted(handshakes.items())
         ]
         self._portal.call(self._agent.speak_for, ranks)
+        self._orders.instance = tuple(rank.layout for rank in ranks)
 
     # --- decode side --------------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
         """Keep the ticket's lease alive while the request waits in the queue."""
+        if self._forgetful and (request.kv_transfer_params or {}).get("do_remote_decode"):
+            _shorten(request)
         hope = self._hope(request)
         if hope is not None and not hope.attempted:
             self._portal.post(self._agent.keep, hope.ticket)
@@ -127,8 +134,13 @@ class PDScheduler:
             )
         if ticket.key != self._key(request, ticket.tokens):
             return "key_mismatches", "the ticket is for other tokens, another LoRA, cache_salt or media"
-        if len(ticket.blocks) != 1 or len(ticket.blocks[0]) < -(-ticket.tokens // self._block_tokens):
-            return "tickets_unusable", "the ticket holds too few blocks for its tokens: do the block sizes differ?"
+        if self._stateful:
+            return "tickets_unusable", "this model has states (Mamba), which are not handed over"
+        if len(ticket.blocks) != len(self.groups):
+            return (
+                "tickets_unusable",
+                f"the ticket has {len(ticket.blocks)} KV cache groups, this model {len(self.groups)}",
+            )
         return None
 
     def _key(self, request: Any, tokens: int) -> bytes:
@@ -169,17 +181,22 @@ class PDScheduler:
             return
         hope.loading = True
         self._portal.post(self._agent.drop, hope.ticket)
-        skip = (hope.ticket.tokens - external_tokens) // self._block_tokens
-        ids = blocks.get_block_ids()[0][skip : -(-hope.ticket.tokens // self._block_tokens)]
+        first = hope.ticket.tokens - external_tokens
+        ids = blocks.get_block_ids()
+        wanted = [
+            _wanted(ids[group], size, first, hope.ticket.tokens)
+            for group, size in zip(self.groups, self._block_tokens, strict=True)
+        ]
         self._counters["tokens_to_load"] += external_tokens
-        self._orders.loads.append(Load(request.request_id, hope.ticket, list(ids), skip))
+        block_ids, tokens = zip(*wanted, strict=True)
+        self._orders.loads.append(Load(request.request_id, hope.ticket, block_ids, tokens))
 
     def _release(self, ticket: Ticket) -> None:
         self._agent.release(ticket, whole=True)
 
     # --- prefill side -------------------------------------------------------------------------------------------------
 
-    def finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """A request ended: lease its blocks if it was a prefill for somebody else. (delay the free?, ticket)."""
         self._finish_hope(request)
         params = request.kv_transfer_params
@@ -190,7 +207,10 @@ class PDScheduler:
             return False, None
         done = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
-        if not done or not block_ids or not tokens or request.prompt_token_ids is None:
+        if not done or not any(block_ids) or not tokens or request.prompt_token_ids is None:
+            return False, None
+        if self._stateful:
+            self._decline(request, "states_not_handed_over", "this model has states (Mamba), which are not handed over")
             return False, None
         self._last_lease += 1
         ticket = Ticket(
@@ -199,7 +219,10 @@ class PDScheduler:
             lease=self._last_lease,
             epoch=1,
             capability=secrets.token_bytes(CAPABILITY_BYTES),
-            blocks=(tuple(block_ids[: -(-tokens // self._block_tokens)]),),
+            blocks=tuple(
+                tuple(block_ids[group][: -(-tokens // size)])
+                for group, size in zip(self.groups, self._block_tokens, strict=True)
+            ),
             tokens=tokens,
             key=self._key(request, tokens),
         )
@@ -295,3 +318,25 @@ class PDScheduler:
             self._portal.run(self._agent.close(), timeout=10)
         finally:
             self._portal.close()
+
+
+def _wanted(ids: Sequence[int], size: int, first: int, last: int) -> tuple[list[int], tuple[int, int]]:
+    """Destination blocks of one group and the tokens that go there. Block 0 stands for blocks that a sliding window has
+    left behind; nothing is read for them."""
+    at = first // size
+    blocks = list(ids[at : -(-last // size)])
+    while blocks and blocks[0] == 0:
+        del blocks[0]
+        at += 1
+    return (blocks, (max(first, at * size), last)) if blocks else ([], (last, last))
+
+
+def _shorten(request: Any) -> None:
+    """Take the last prompt token from a prefill that is for somebody else. The decode instance computes it in any case,
+    and needs the window before it; a window that has moved on may have lost its first token."""
+    tokens = request.prompt_token_ids
+    if tokens is None or len(tokens) < 2 or request.num_tokens != len(tokens):
+        return
+    request.prompt_token_ids = tokens[:-1]
+    del request._all_token_ids[-1]
+    request.num_prompt_tokens -= 1

@@ -36,7 +36,17 @@ class Finished:
 
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
-    failed_blocks: set[int] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    """Received ones that are to be computed as a whole instead."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A lease's end, or with ``blocks`` (destinations per group) that of a load."""
+
+    request_id: str
+    blocks: tuple[list[int], ...] | None = None
+    failed: bool = False
 
 
 class PDWorker:
@@ -47,8 +57,9 @@ class PDWorker:
         self._portal: Portal | None = None
         self._agent: Agent | None = None
         self._rank = 0
+        self._groups = len(kv_cache_config.kv_cache_groups)
         # Written on the portal's loop, drained by the engine's thread; deque operations are atomic.
-        self._ended: deque[tuple[str, str, tuple[int, ...]]] = deque()
+        self._ended: deque[_Ended] = deque()
         self._transferred: deque[Transferred] = deque()
         self._wake = threading.Event()
         self._idle = False
@@ -73,11 +84,14 @@ class PDWorker:
         size = sum(region.length for region in regions)
         logger.info(
             "PDConnector: rank %d registered %d bytes in %d regions, layout %s (%s), transports %s",
-            self._rank, size, len(regions), layout.fingerprint(), layout.packing, ", ".join(self._agent.transports),
+            self._rank, size, len(regions), layout.fingerprint(), layout.platform, ", ".join(self._agent.transports),
         )  # fmt: skip
 
     def handshake(self) -> Handshake | None:
-        return None if self._agent is None else Handshake(self._agent.address, self._agent.incarnation)
+        if self._agent is None:
+            return None
+        me = self._agent.endpoint(self._rank)
+        return Handshake(me.address, me.incarnation, me.layout)
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
@@ -86,6 +100,8 @@ class PDWorker:
         if self._portal is None or self._agent is None:
             return
         self._idle = orders.idle
+        if orders.instance:
+            self._portal.call(self._agent.belong_to, orders.instance)
         if orders.ends:
             self._portal.call(self._end, orders.ends, timeout=_ORDER_SECONDS)
         if orders.grants or orders.extends or orders.aborts or orders.loads:
@@ -120,11 +136,11 @@ class PDWorker:
         except LocalProtocolError as error:
             logger.warning("request %s cannot be handed over: %s", request_id, error)
             if self._lease_requests.pop(ticket.lease, None) is not None:
-                self._ended.append(("sent", request_id, ()))
+                self._ended.append(_Ended(request_id))
                 self._wake.set()
 
     def _load(self, load: Load) -> None:
-        agent, blocks = self._agent, tuple(load.block_ids)
+        agent = self._agent
         assert agent is not None
 
         over = False
@@ -142,18 +158,16 @@ class PDWorker:
             self._look()
             # First of all, since the step that reports the end may be the last one for long.
             self._transferred.append(Transferred(note.stats, note.outcome, error, load.ticket.address))
-            # Failed blocks of an aborted request must never be reported: it is gone, its blocks may be another's.
-            self._ended.append(("received", load.request_id, blocks if note.outcome == "failed" else ()))
+            # Of an aborted request nothing may be said but that it is quiet: its blocks may be another's by now.
+            self._ended.append(_Ended(load.request_id, load.block_ids, failed=note.outcome == "failed"))
             self._wake.set()
 
         try:
-            number = agent.start_pull(
-                load.ticket, blocks, skip_blocks=load.skip_blocks, partial=True, rank=self._rank, on_end=ended
-            )
+            number = agent.start_pull(load.ticket, load.block_ids, tokens=load.tokens, on_end=ended)
         except Exception as error:  # an engine that is never told waits for ever
             if not over:
                 cause = error if isinstance(error, PDError) else TransferFailed(f"{type(error).__name__}: {error}")
-                ended(ev.TransferEnded(0, "failed", cause, blocks))
+                ended(ev.TransferEnded(0, "failed", cause))
             return
         if not over:
             self._numbers[load.request_id] = number
@@ -161,7 +175,7 @@ class PDWorker:
     def _note(self, note: ev.Note) -> None:
         if isinstance(note, ev.LeaseEnded) and (request_id := self._lease_requests.pop(note.number, None)):
             self._look()
-            self._ended.append(("sent", request_id, ()))
+            self._ended.append(_Ended(request_id))
             self._wake.set()
 
     def _look(self) -> None:
@@ -182,9 +196,15 @@ class PDWorker:
                 self._wake.wait(_IDLE_SECONDS)
         out = Finished()
         while self._ended:
-            kind, request_id, blocks = self._ended.popleft()
-            (out.sent if kind == "sent" else out.received).add(request_id)
-            self._failed_blocks.update(blocks)
+            end = self._ended.popleft()
+            (out.sent if end.blocks is None else out.received).add(end.request_id)
+            if not end.failed or end.blocks is None:
+                continue
+            # Ids of blocks name them within their group: with several groups vLLM is told of the request instead.
+            if self._groups == 1:
+                self._failed_blocks.update(end.blocks[0])
+            else:
+                out.failed.add(end.request_id)
         return out
 
     def take_failed_blocks(self) -> set[int]:

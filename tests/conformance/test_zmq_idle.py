@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from pd_connector.memory import order_grids
-from pd_connector.plan import WholeBlocks
+from pd_connector.plan import CopyPlan, coalesce, whole_patterns
 from pd_connector.tensors import to_regions
 from pd_connector.transport.base import Completion, LeaseId, Status
 from pd_connector.transport.zmq import ZmqTransport
@@ -88,7 +88,7 @@ def test_the_next_read_opens_another_connection() -> None:
         reader.connect("P", encode(through), 1)
         assert wait(reader, 1).status is Status.DONE
         for tag in (2, 3):
-            plan = WholeBlocks(order_grids(regions), 0).plan([tag], [tag])
+            plan = CopyPlan(coalesce([tag], [tag]), whole_patterns(order_grids(regions), 0))
             reader.post_read("P", LEASE, CAPABILITY, plan, tag)
             assert wait(reader, tag) == Completion(tag, Status.DONE)
             assert (target[:, tag] == source[:, tag]).all()

@@ -241,12 +241,13 @@ static uint64_t hostile_owners(uint64_t messages)
         if (!connected)
             assert(!pd_connect(reader, ++peer, "owner", (unsigned char *)&where, sizeof where, ++tag));
         pd_run run = {0, 2, 8};
-        pd_pattern pattern = {0, 0, 0, 0, BLOCK};
+        pd_pattern pattern = {0, 0, 0, 0, BLOCK / 8, {{8, BLOCK / 8, BLOCK / 8}, {1, 0, 0}, {1, 0, 0}}};
+        pd_plan plan = {&run, &pattern, 1, 1, 1, 1};
         pd_lease lease = {1, 1, CAPABILITY, sizeof CAPABILITY};
         uint64_t first = tag;
         memset(memory, 0x11, sizeof memory);
         if (connected)
-            assert(!pd_post_read(reader, peer, &lease, &run, 1, &pattern, 1, ++tag, 0));
+            assert(!pd_post_read(reader, peer, &lease, &plan, ++tag, 0));
         pd_completion end;
         do {
             struct pollfd bell = {pd_fileno(reader), POLLIN, 0};
@@ -337,7 +338,8 @@ static void input_to_reader(const unsigned char *data, size_t size)
     static uint64_t peer, tag;
     memset(memory, 0x11, sizeof memory);
     pd_run run = {0, 2, 8};
-    pd_pattern pattern = {0, 0, 0, 0, BLOCK};
+    pd_pattern pattern = {0, 0, 0, 0, BLOCK, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}};
+    pd_plan plan = {&run, &pattern, 1, 1, 1, 1};
     pd_lease lease = {1, 1, CAPABILITY, sizeof CAPABILITY};
     greeting hello;
     assert(!pd_connect(input_reader, ++peer, "owner", (unsigned char *)&input_reader_where, sizeof input_reader_where, ++tag));
@@ -345,7 +347,7 @@ static void input_to_reader(const unsigned char *data, size_t size)
     assert(fd >= 0 && recv(fd, &hello, sizeof hello, MSG_WAITALL) == sizeof hello);
     send_all(fd, &hello, sizeof hello);
     assert(ended(tag) == PD_DONE);
-    assert(!pd_post_read(input_reader, peer, &lease, &run, 1, &pattern, 1, ++tag, 0));
+    assert(!pd_post_read(input_reader, peer, &lease, &plan, ++tag, 0));
     request head;
     assert(recv(fd, &head, sizeof head, MSG_WAITALL) == sizeof head); /* its pieces stay unread */
     send_all(fd, data, size);

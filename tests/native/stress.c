@@ -18,7 +18,7 @@
 
 #define assert(true_) ((true_) ? (void)0 : (fprintf(stderr, "%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #true_, pd_last_error()), abort()))
 
-enum { LAYERS = 3, BLOCKS = 64, BLOCK = 24 * 1024 + 64, STRIDE = BLOCK + 4096, READERS = 3, ROUNDS = 200 };
+enum { LAYERS = 3, BLOCKS = 64, BLOCK = 24 * 1024 + 64, PARTS = 14, STRIDE = BLOCK + 4096, READERS = 3, ROUNDS = 200 };
 
 static const char *backend;
 static const unsigned char CAPABILITY[16] = "sixteen bytes...";
@@ -98,9 +98,13 @@ static int post(pd_transport *transport, uint64_t epoch, uint32_t src, uint32_t 
     pd_run run = {src, dst, count};
     pd_pattern patterns[LAYERS];
     for (uint64_t i = 0; i < LAYERS; i++)
-        patterns[i] = (pd_pattern){i, i, 0, 0, BLOCK};
+        patterns[i] = (pd_pattern){i, i, 0, 0, BLOCK / PARTS, {{PARTS, BLOCK / PARTS, BLOCK / PARTS}, {1, 0, 0}, {1, 0, 0}}};
+    if (tag % 3) /* whole blocks, or the same bytes as short runs, which come as spans */
+        for (uint64_t i = 0; i < LAYERS; i++)
+            patterns[i].bytes = BLOCK, patterns[i].dims[0].count = 1;
     pd_lease lease = {1, epoch, CAPABILITY, sizeof CAPABILITY};
-    return pd_post_read(transport, 1, &lease, &run, 1, patterns, LAYERS, tag, (int)(tag % 2));
+    pd_plan plan = {&run, patterns, 1, LAYERS, 1, 1};
+    return pd_post_read(transport, 1, &lease, &plan, tag, (int)(tag % 2));
 }
 
 static void same(const agent *reader, uint32_t src, uint32_t dst, uint32_t count)

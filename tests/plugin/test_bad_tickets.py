@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from vllm.lora.request import LoRARequest
 
@@ -162,6 +163,14 @@ def test_forged_tickets(engine: Callable[..., Any], path: str, value: Any) -> No
 def test_a_ticket_with_too_few_blocks(pair: Pair) -> None:
     params = changed(pair.ticket("r", PROMPT), "remote_block_ids", [[1, 2]])
     assert pair.decode_all("r", PROMPT, params) == reference(PROMPT, 3)
+    assert [transfer["outcome"] for transfer in pair.decode.transfers] == ["failed"]
+    pair.settle(seconds=5)
+
+
+def test_a_ticket_with_too_many_groups(pair: Pair) -> None:
+    params = pair.ticket("r", PROMPT)
+    params = changed(params, "remote_block_ids", params["remote_block_ids"] * 2)
+    assert pair.decode_all("r", PROMPT, params) == reference(PROMPT, 3)
     assert pair.decode.counters["tickets_unusable"] == 1
     pair.settle(seconds=5)
 
@@ -209,11 +218,12 @@ def test_layouts_that_differ_are_refused_in_words(engine: Callable[..., Any], ca
     pair = Pair(engine("kv_producer"), engine("kv_consumer"))
     worker = pair.decode.worker.worker
     identity = worker._agent.core.identity
-    layout = type(identity.layout)(packing=identity.layout.packing, groups=identity.layout.groups, rank=0, ranks=2)
+    group = msgspec.structs.replace(identity.layout.groups[0], dtype="float8_e4m3fn")
+    layout = msgspec.structs.replace(identity.layout, groups=(group,))
     worker._agent.core.identity = type(identity)(
         identity.agent, identity.incarnation, identity.model, layout, identity.transports
     )
-    assert "tensor-parallel size: ours 2, theirs 1" in refused(pair, caplog)
+    assert "group 0 dtype: ours 'float8_e4m3fn', theirs 'bfloat16'" in refused(pair, caplog)
 
 
 def test_another_model_is_refused_in_words(engine: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pd_connector.layout import GroupLayout, KVLayout
+from pd_connector.layout import Form, GroupLayout, KVLayout, Part
 from pd_connector.plan import CopyPlan, Pattern, coalesce
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
@@ -37,10 +37,9 @@ T = TypeVar("T")
 
 def layout(packing: str = "plain", groups: int = 1, rank: int = 0) -> KVLayout:
     """Two grids per group."""
-    group = GroupLayout(
-        kind="full", block_tokens=16, heads=2, head_dim=8, dtype="f16", layers=("a", "b"), part_bytes=(64, 64)
-    )
-    return KVLayout(packing=packing, rank=rank, groups=(group,) * groups)
+    form = Form(block_bytes=(64,), parts=(Part(name="kv", unit_bytes=4, token_stride=4, packing=packing),))
+    group = GroupLayout(kind="full", block_tokens=16, dtype="f16", layers=("a", "b"), forms=(form,), form_of=(0, 0))
+    return KVLayout(rank=rank, groups=(group,) * groups)
 
 
 def plan(source: Sequence[int] = (1, 2), target: Sequence[int] = (7, 8), grids: Sequence[int] = (0, 1)) -> CopyPlan:
@@ -113,7 +112,7 @@ class Agent:
 
     def pull(self, ticket: Ticket, *parts: CopyPlan, timeout: float = 20.0, **fields: Any) -> int:
         number = self.core.new_id()
-        self.feed(Pull(number, ticket, parts or (plan(),), timeout, **fields))
+        self.feed(Pull(number, ticket, tuple((part,) for part in parts or (plan(),)), timeout, **fields))
         return number
 
     def complete(self, status: str = "done", count: int | None = None) -> list[int]:
@@ -171,7 +170,10 @@ class Bench:
         return agent
 
     def speaker(self, name: str, *ranks: Agent) -> Agent:
-        directory = tuple(Endpoint(rank, agent.address, agent.incarnation) for rank, agent in enumerate(ranks))
+        directory = tuple(
+            Endpoint(rank, agent.address, agent.incarnation, agent.core.identity.layout or layout())
+            for rank, agent in enumerate(ranks)
+        )
         return self.agent(name, layout=None, transports={}, directory=directory)
 
     def settle(self) -> None:

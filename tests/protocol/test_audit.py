@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pd_connector.plan import Place
 from pd_connector.protocol import events as ev
 from pd_connector.protocol import messages as m
 from pd_connector.protocol.context import Limits
@@ -23,7 +24,7 @@ def digest(agent: Agent, wrong: int | None = None) -> list[ev.DigestBlocks]:
     """Answer the digests an agent was asked for: equal on both sides, but for the one with the index ``wrong``."""
     jobs = agent.take(ev.DigestBlocks)
     for job in jobs:
-        count = int(job.runs[:, 2].sum()) * len(job.grids)
+        count = sum(len(side.blocks) * len(side.places) for side in job.sides)
         digests = [bytes([n]) * 8 for n in range(count)]
         if wrong is not None:
             digests[wrong] = b"\xff" * 8
@@ -42,12 +43,11 @@ def test_equal_digests(bench: Bench) -> None:
     owner, reader = ready_pair(bench)
     number = read(bench, owner, reader)
     (job,) = digest(reader)
-    assert (job.column, job.grids) == (1, (0, 1))
+    assert [(side.blocks.tolist(), side.places) for side in job.sides] == [([7, 8], (Place(0, 0, 64), Place(1, 0, 64)))]
     bench.settle()
     assert reader.outcome(number) is None
     (job,) = digest(owner)
-    assert (job.column, job.grids) == (0, (0, 1))
-    assert np.array_equal(job.runs, [[1, 7, 2]])
+    assert [(side.blocks.tolist(), side.places) for side in job.sides] == [([1, 2], (Place(0, 0, 64), Place(1, 0, 64)))]
     bench.settle()
     end = reader.outcome(number)
     assert end is not None
@@ -140,20 +140,25 @@ def test_parts_without_blocks_have_nothing_to_audit(bench: Bench) -> None:
     assert end.outcome == "done"
 
 
-def runs(*rows: tuple[int, int, int]) -> bytes:
-    return np.array(rows, "<u4").tobytes()
+def read_of(*blocks: int, place: Any = (0, 0, 64, ())) -> m.AuditPlan:
+    return m.AuditPlan(np.array(blocks, "<u4").tobytes(), (place,))
 
 
 @pytest.mark.parametrize(
     ("audit", "words"),
     [
-        (m.Audit(b"odd", (0,), b""), "malformed"),
-        (m.Audit(runs((0, 0, 2**32 - 1)), (), b""), "malformed"),
-        (m.Audit(runs((1, 7, 1)), (2,), b"x" * 8), "grid that does not exist"),
-        (m.Audit(runs((1, 7, 1)), (0,), b"x" * 7), "number of digests"),
-        (m.Audit(runs((1, 7, 2**32 - 1)), (0,), b"x" * 8), "number of digests"),
-        (m.Audit(runs((4, 7, 2)), (0,), b"x" * 16), "not leased"),
-        (m.Audit(runs((2**32 - 1, 0, 1)), (0,), b"x" * 8), "not leased"),
+        (m.Audit((m.AuditPlan(b"odd", ((0, 0, 64, ()),)),), b""), "malformed"),
+        (m.Audit((), b""), "number of digests"),
+        (m.Audit((read_of(1, place=(2, 0, 64, ())),), b"x" * 8), "grid that does not exist"),
+        (m.Audit((read_of(1, place=(0, 1, 64, ())),), b"x" * 8), "do not lie in a block"),
+        (m.Audit((read_of(1, place=(0, 0, 0, ())),), b"x" * 8), "do not lie in a block"),
+        (m.Audit((read_of(1, place=(0, 0, 8, ((0, 8),))),), b"x" * 8), "do not lie in a block"),
+        (m.Audit((read_of(1, place=(0, 0, 8, ((2, 57),))),), b"x" * 8), "do not lie in a block"),
+        (m.Audit((read_of(1, place=(0, 0, 8, ((2**50, 0),))),), b"x" * 8), "do not lie in a block"),
+        (m.Audit((read_of(1),), b"x" * 7), "number of digests"),
+        (m.Audit((read_of(1), read_of(2)), b"x" * 8), "number of digests"),
+        (m.Audit((read_of(4, 5),), b"x" * 16), "not leased"),
+        (m.Audit((read_of(1), read_of(2**32 - 1)), b"x" * 16), "not leased"),
     ],
 )
 def test_an_audit_that_makes_no_sense(bench: Bench, audit: m.Audit, words: str) -> None:
@@ -189,7 +194,7 @@ def test_an_owner_without_memory_has_nothing_to_audit(bench: Bench) -> None:
     owner = bench.agent("p", layout=None)
     owner.grant()
     fields: dict[str, Any] = {"lease": 1, "epoch": 1, "capability": CAPABILITY, "reader": "d", "final": True}
-    audit = m.Audit(runs((1, 7, 1)), (0,), b"x" * 8)
+    audit = m.Audit((read_of(1),), b"x" * 8)
     message = m.Commit(src=7, dst=owner.incarnation, transfer=1, part=0, audit=audit, **fields)
     owner.feed(ev.Received("<d", m.encode(message)))
     assert not owner.said(m.Verdict)[0].held

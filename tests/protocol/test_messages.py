@@ -26,7 +26,7 @@ LEASE = {"lease": 7, "epoch": 2, "capability": CAPABILITY}
 WHO = {"version": m.VERSION, "agent": "d", "model": "m", "layout": layout(), "transports": {"t": b"here"}}
 FIELDS: dict[type[m.Message], dict[str, Any]] = {
     m.Hello: WHO,
-    m.Welcome: {**WHO, "refused": "no", "directory": (m.Endpoint(0, "there", 9),)},
+    m.Welcome: {**WHO, "refused": "no", "directory": (m.Endpoint(0, "there", 9, layout()),)},
     m.Open: {**LEASE, "transfer": 3, "reader": "d", "transport": "t"},
     m.Opened: {"transfer": 3, "held": True, "reason": "", "remaining_ms": 1000},
     m.Commit: {
@@ -35,7 +35,7 @@ FIELDS: dict[type[m.Message], dict[str, Any]] = {
         "part": 1,
         "reader": "d",
         "final": True,
-        "audit": m.Audit(b"x" * 12, (0, 1), b"y" * 8),
+        "audit": m.Audit((m.AuditPlan(b"x" * 12, ((0, 5, 6, ((2, 8),)),)),), b"y" * 24),
     },
     m.Verdict: {"transfer": 3, "part": 1, "held": False, "reason": "gone", "compared": 4},
     m.Renew: LEASE,
@@ -111,12 +111,17 @@ def test_missing_fields_are_missed(kind: type[m.Message]) -> None:
         (m.Hello, "transports", {f"t{n}": b"" for n in range(17)}),
         (m.Hello, "transports", {"t": b"x" * 1025}),
         (m.Hello, "transports", {"x" * 257: b""}),
-        (m.Welcome, "directory", [[0, "a", 1]] * 65537),
+        (m.Welcome, "directory", [{"rank": 0, "address": "a", "incarnation": 1, "layout": {"groups": []}}] * 4097),
+        (m.Open, "readers", 0),
+        (m.Release, "readers", 4097),
         (m.Welcome, "refused", "x" * (m.MAX_WORDS + 1)),
         (m.Refused, "reason", "x" * (m.MAX_WORDS + 1)),
         (m.Opened, "remaining_ms", 2**40 + 1),
         (m.Verdict, "compared", 2**32),
-        (m.Commit, "audit", {"runs": b"", "grids": [0] * 16385, "digests": b""}),
+        (m.Commit, "audit", {"plans": [{"blocks": b"", "places": [[0, 0, 1, []]] * 16385}], "digests": b""}),
+        (m.Commit, "audit", {"plans": [{"blocks": b"", "places": []}], "digests": b""}),
+        (m.Commit, "audit", {"plans": [{"blocks": b"", "places": [[0, 0, 1, [[1, 1]] * 4]]}], "digests": b""}),
+        (m.Commit, "audit", {"plans": [{"blocks": b"", "places": [[0, 0, 1, [[-1, 1]]]]}], "digests": b""}),
     ],
 )
 def test_bounds_of_fields(kind: type[m.Message], name: str, value: object) -> None:

@@ -372,10 +372,10 @@ def test_bounds_of_pulls(bench: Bench) -> None:
     with pytest.raises(LocalProtocolError, match="part"):
         reader.feed(ev.Pull(1, ticket, (), 1.0))
     with pytest.raises(LocalProtocolError, match="timeout"):
-        reader.feed(ev.Pull(1, ticket, (plan(),), 0.0))
+        reader.feed(ev.Pull(1, ticket, ((plan(),),), 0.0))
     number = reader.pull(ticket)
     with pytest.raises(LocalProtocolError, match="running already"):
-        reader.feed(ev.Pull(number, ticket, (plan(),), 1.0))
+        reader.feed(ev.Pull(number, ticket, ((plan(),),), 1.0))
     with pytest.raises(LocalProtocolError, match="limit"):
         reader.pull(ticket)
 

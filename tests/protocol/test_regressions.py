@@ -13,7 +13,7 @@ from pd_connector.protocol.events import Abort, Completed, End, Extend, Fence, K
 from pd_connector.protocol.messages import Commit, Endpoint, Renewed, Stale, Verdict, encode
 from pd_connector.protocol.timers import Timers
 
-from .bench import Agent, Bench, plan, ready_pair
+from .bench import Agent, Bench, layout, plan, ready_pair
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_an_unused_session_makes_room_for_a_new_peer(bench: Bench) -> None:
 
 def test_a_directory_that_names_itself_is_refused(bench: Bench) -> None:
     speaker = bench.agent("s", layout=None, transports={})
-    myself = (Endpoint(0, speaker.address, speaker.incarnation),)
+    myself = (Endpoint(0, speaker.address, speaker.incarnation, layout()),)
     speaker.core.identity = replace(speaker.core.identity, directory=myself)
     reader = bench.agent("d")
     number = reader.pull(speaker.ticket())

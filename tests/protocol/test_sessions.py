@@ -43,9 +43,14 @@ def works(bench: Bench, owner: Agent, reader: Agent, lease: int) -> bool:
     ("fields", "words"),
     [
         ({"model": "another"}, "model: ours 'm', theirs 'another'"),
-        ({"layout": layout("packed")}, "block packing: ours 'plain', theirs 'packed'"),
-        ({"layout": layout(groups=2)}, "KV cache groups: ours 1, theirs 2"),
-        ({"layout": layout(rank=1)}, "rank: ours 0, theirs 1"),
+        (
+            {"layout": layout("packed")},
+            "group 0 kv is packed as: ours 4 bytes per 1 token (plain), theirs 4 bytes per 1 token (packed)",
+        ),
+        (
+            {"layout": layout(groups=2)},
+            "KV cache groups: ours 1 (full of 2 layers), theirs 2 (full of 2 layers, full of 2 layers)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(bench: Bench, fields: dict[str, object], words: str) -> None:
@@ -65,14 +70,14 @@ def test_another_protocol_version_is_refused(bench: Bench) -> None:
     owner = bench.agent("p")
     hello = m.Hello(src=7, dst=0, version=99, agent="d", model="m", layout=layout(), transports={})
     owner.feed(ev.Received("<d", m.encode(hello)))
-    assert owner.said(m.Welcome)[0].refused == "protocol version: ours 1, theirs 99"
+    assert owner.said(m.Welcome)[0].refused == f"protocol version: ours {m.VERSION}, theirs 99"
     reader = bench.agent("d")
     number = reader.pull(owner.ticket())
     welcome = owner.said(m.Welcome)[0]
     fields = {name: getattr(welcome, name) for name in welcome.__struct_fields__}
     new = m.Welcome(**{**fields, "dst": reader.incarnation, "version": 99, "refused": ""})
     reader.feed(ev.Received(owner.address, m.encode(new)))
-    assert "protocol version: ours 1, theirs 99" in str(error(reader, number))
+    assert f"protocol version: ours {m.VERSION}, theirs 99" in str(error(reader, number))
 
 
 def test_a_peer_without_a_model_name_fits(bench: Bench) -> None:
@@ -272,7 +277,7 @@ def test_a_directory_that_leads_to_a_directory(bench: Bench) -> None:
 def test_a_directory_that_leads_to_itself_and_back(bench: Bench) -> None:
     rank, reader = bench.agent("p0"), bench.agent("d")
     speaker = bench.speaker("p", rank)
-    back = (m.Endpoint(0, speaker.address, speaker.incarnation),)
+    back = (m.Endpoint(0, speaker.address, speaker.incarnation, layout()),)
     rank.core.identity = replace(rank.core.identity, directory=back)
     number = reader.pull(speaker.ticket(1))
     bench.settle()

@@ -55,7 +55,7 @@ def machines() -> list[Any]:
     return [
         lease.Lease(1, 1, b"", {}, 1, 1.0, 1.0, 1.0),
         session.Session("there"),
-        transfer.Transfer(Pull(1, ticket, (pull_plan,), 1.0), 0.0, "there", 1, 1.0),
+        transfer.Transfer(Pull(1, ticket, ((pull_plan,),), 1.0), 0.0, "there", 1, 1.0),
     ]
 
 

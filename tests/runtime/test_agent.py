@@ -224,7 +224,7 @@ async def test_a_forged_ticket_gets_nothing(field: str) -> None:
 async def test_another_model_or_layout_is_refused_in_words() -> None:
     async with pair() as (p, _, d, _), Agent(zmq_only(), name="small", limits=QUICK) as small:
         small.register(list(cache()[:2]))
-        with pytest.raises(TransferFailed, match="layers: ours 2, theirs 3") as caught:
+        with pytest.raises(TransferFailed, match=r"layers: ours 2, theirs 3, only there: layer\.2") as caught:
             await small.pull(p.lease([1]), [0])
         assert isinstance(caught.value.__cause__, LayoutMismatch)
         p.identify("llama")
@@ -329,9 +329,13 @@ async def test_a_speaker_sends_pulls_on_to_the_rank() -> None:
         ticket = msgspec.structs.replace(p.lease([4]), address=speaker.address, incarnation=speaker.incarnation)
         await d.pull(ticket, [4])
         assert (destination[:, 4] == source[:, 4]).all()
+        other = msgspec.structs.replace(p.endpoint().layout, platform="not what the rank itself says")
+        speaker.speak_for([msgspec.structs.replace(p.endpoint(), layout=other)])
         lost = msgspec.structs.replace(p.lease([5]), address=speaker.address, incarnation=speaker.incarnation)
-        with pytest.raises(TransferFailed, match="rank 3"):
-            await d.pull(lost, [4], rank=3)
+        async with Agent(zmq_only(), name="E") as e:
+            e.register(list(cache()))
+            with pytest.raises(TransferFailed, match="has other memory than whoever speaks for it says"):
+                await e.pull(lost, [4])
 
 
 async def test_local_mistakes_are_refused_before_anything_happens() -> None:
@@ -440,7 +444,7 @@ async def test_a_command_that_fails_costs_itself_alone() -> None:
 async def test_an_owner_that_was_not_ready_is_asked_again() -> None:
     async with pair() as (p, source, d, destination), Agent(zmq_only(), name="speaker", limits=QUICK) as speaker:
         where = {"address": speaker.address, "incarnation": speaker.incarnation}
-        with pytest.raises(TransferFailed, match="offers no transport"):
+        with pytest.raises(TransferFailed, match="has no memory, nor ranks that have"):
             await d.pull(msgspec.structs.replace(p.lease([4]), **where), [4])
         speaker.speak_for([p.endpoint()])
         await d.pull(msgspec.structs.replace(p.lease([5]), **where), [4])

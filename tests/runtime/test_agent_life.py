@@ -121,5 +121,6 @@ async def test_arguments_of_the_wrong_kind_are_refused_and_leave_nothing() -> No
                 p.lease([2], **options)  # type: ignore[arg-type]
         with pytest.raises(LocalProtocolError):
             p.lease(None)  # type: ignore[arg-type]
-        assert not d._pulls
+        assert not d.core.reader.transfers
+        assert not d.core.reader.meetings
         assert len(p._lease_ends) == 1

@@ -25,6 +25,7 @@ from pd_connector.doctor.link import Target
 from pd_connector.doctor.peer import lease_ticket
 from pd_connector.doctor.server import serve
 from pd_connector.memory import native
+from pd_connector.protocol.messages import VERSION
 
 from .test_agent import QUICK
 
@@ -46,7 +47,9 @@ async def main(kind):
             agent.register(list(memory))
         if kind == "ranks":
             rank.register(list(memory))
-            agent.speak_for([rank.endpoint(0), Endpoint(1, "tcp://127.0.0.1:9", 5), Endpoint(2, rank.address, 5)])
+            first = rank.endpoint(0)
+            others = [Endpoint(1, "tcp://127.0.0.1:9", 5, first.layout), Endpoint(2, rank.address, 5, first.layout)]
+            agent.speak_for([first, *others])
         print(agent.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
@@ -243,7 +246,7 @@ def test_an_agent_with_memory() -> None:
     with running("-c", PEER, "memory") as (_, address):
         rows, transports = examined(address.removeprefix("tcp://"))
     assert "the-peer at tcp://127.0.0.1:" in rows["agent"]["found"]
-    assert "model 'toy', protocol version 1" in rows["agent"]["found"]
+    assert f"model 'toy', protocol version {VERSION}" in rows["agent"]["found"]
     assert "4 layers" in rows["rank 0"]["found"]
     assert rows["memory of the-peer"]["found"].startswith(BEST)
     assert "over 20 HELLOs" in rows["round trip"]["found"]

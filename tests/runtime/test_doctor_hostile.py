@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
+from pd_connector.layout import KVLayout
 from pd_connector.protocol.messages import Endpoint, Hello, Welcome, decode, encode
 
 FORGED = "\x1b[2J\x1b]0;title\x07\r\nC extension  ok  forged row"
@@ -53,7 +54,9 @@ def doctor(address: str) -> subprocess.CompletedProcess[str]:
 
 def test_addresses_of_ranks_that_are_none() -> None:
     bad = ("not an address", "tcp://[::1", "ipc:///x", "tcp://127.0.0.1:99999")
-    with speaker(directory=tuple(Endpoint(rank, address, 1) for rank, address in enumerate(bad))) as address:
+    with speaker(
+        directory=tuple(Endpoint(rank, address, 1, KVLayout(groups=())) for rank, address in enumerate(bad))
+    ) as address:
         done = doctor(address)
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("is not an agent's address") == len(bad)
@@ -61,10 +64,11 @@ def test_addresses_of_ranks_that_are_none() -> None:
 
 
 def test_a_directory_without_end() -> None:
-    with speaker(directory=tuple(Endpoint(rank, "tcp://127.0.0.1:9", rank) for rank in range(60_000))) as address:
+    nothing = KVLayout(groups=())
+    with speaker(directory=tuple(Endpoint(n, "tcp://127.0.0.1:9", n, nothing) for n in range(4096))) as address:
         done = doctor(address)
     assert done.returncode == 1
-    assert "59936 more are named and were not greeted" in done.stdout
+    assert "4032 more are named and were not greeted" in done.stdout
 
 
 @pytest.mark.parametrize("field", ["agent", "model", "refused"])

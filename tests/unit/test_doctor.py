@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq
 
-from pd_connector import BlockGrid, Config, ConfigError, GroupLayout, KVLayout
+from pd_connector import BlockGrid, Config, ConfigError, Form, GroupLayout, KVLayout, Part
 from pd_connector.bench.work import Cache
 from pd_connector.config import vllm_plugins
 from pd_connector.doctor import host, installation, limits
@@ -113,22 +113,25 @@ def test_what_is_no_address(text: str) -> None:
 
 
 def test_a_layout_in_words() -> None:
+    form = Form(block_bytes=(65536,), parts=(Part(name="kv", unit_bytes=64, token_stride=512, head_stride=64),))
     group = GroupLayout(
-        kind="FullAttentionSpec",
+        kind="full",
         block_tokens=128,
         heads=8,
-        head_dim=64,
+        first_head=8,
+        total_heads=16,
         dtype="bfloat16",
         layers=("a", "b"),
-        part_bytes=(65536, 65536),
+        forms=(form,),
+        form_of=(0, 0),
     )
-    layout = KVLayout(packing="CPU amx", rank=1, ranks=2, groups=(group,))
+    layout = KVLayout(platform="CPU amx", rank=1, ranks=2, groups=(group,))
     words = layout_words(layout)
-    for part in ("rank 1 of 2", "2 layers", "8 KV heads of 64", "bfloat16", "128 KiB", "128 tokens", "'CPU amx'"):
+    for part in ("rank 1 of 2", "2 layers", "8 of 16 KV heads", "bfloat16", "128 KiB", "128 tokens", "CPU amx"):
         assert part in words
     assert layout.fingerprint()[:12] in words
-    one = msgspec.structs.replace(group, block_tokens=1, heads=0)
-    assert "128 KiB per block of 1 token;" in layout_words(KVLayout(packing="", groups=(one,)))
+    one = msgspec.structs.replace(group, block_tokens=1, heads=1, first_head=0, total_heads=1)
+    assert "128 KiB per block of 1 token;" in layout_words(KVLayout(groups=(one,)))
     assert "does not say" in layout_words(None)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pd_connector.errors import LocalProtocolError
 from pd_connector.memory import BlockGrid, GridRef, Region, order_grids
-from pd_connector.plan import CopyPlan, Pattern, WholeBlocks, coalesce, split_layers
+from pd_connector.plan import CopyPlan, Dim, Pattern, Place, coalesce, split_layers, whole_patterns
 
 IDS = st.integers(0, 200) | st.integers(2**32 - 50, 2**32 - 1)
 
@@ -91,33 +91,43 @@ def grids() -> tuple[GridRef, ...]:
     return order_grids(regions)
 
 
+def whole(src: list[int], dst: list[int]) -> CopyPlan:
+    return CopyPlan(coalesce(src, dst), whole_patterns(grids(), 0))
+
+
 def test_whole_blocks_of_a_group() -> None:
-    plan = WholeBlocks(grids(), 0).plan([9, 10, 3], [0, 1, 15])
+    plan = whole([9, 10, 3], [0, 1, 15])
     assert plan.runs.tolist() == [[9, 0, 2], [3, 15, 1]]
     assert plan.patterns == tuple(Pattern(index, index, 0, 0, size) for index, size in enumerate((32, 32, 64, 64)))
     assert (plan.num_blocks, plan.num_bytes) == (3, 3 * 192)
-    assert WholeBlocks(grids(), 1).plan([1], [7]).patterns == (Pattern(4, 4, 0, 0, 16),)
-
-
-@pytest.mark.parametrize(("group", "dst", "words"), [(2, [0], "group 2"), (0, [16], "has 16"), (1, [8], "has 8")])
-def test_a_destination_that_is_not_there_is_refused(group: int, dst: list[int], words: str) -> None:
-    with pytest.raises(LocalProtocolError, match=words):
-        WholeBlocks(grids(), group).plan([0] * len(dst), dst)
+    assert whole_patterns(grids(), 1) == (Pattern(4, 4, 0, 0, 16),)
+    assert whole_patterns(grids(), 2) == ()
 
 
 def test_nothing_to_read_is_a_plan_too() -> None:
-    plan = WholeBlocks(grids(), 0).plan([], [])
+    plan = whole([], [])
     assert (plan.num_blocks, plan.num_bytes, plan.runs.shape) == (0, 0, (0, 3))
 
 
 def test_split_by_layer_keeps_every_pattern_once() -> None:
-    plan = WholeBlocks(grids(), 0).plan([1, 2, 3], [4, 5, 6])
-    layers = split_layers(plan, grids())
+    plan = whole([1, 2, 3], [4, 5, 6])
+    layers = [layer for (layer,) in split_layers([plan], grids())]
     assert [sorted({grids()[p.dst_grid].grid.layer for p in layer.patterns}) for layer in layers] == [[0], [1]]
     assert sum((layer.patterns for layer in layers), ()) == plan.patterns
     assert all(layer.runs is plan.runs for layer in layers)
     assert sum(layer.num_bytes for layer in layers) == plan.num_bytes
-    assert split_layers(CopyPlan(plan.runs, ()), grids()) == []
+    assert split_layers([CopyPlan(plan.runs, ())], grids()) == []
+    assert [len(layer) for layer in split_layers([plan, plan], grids())] == [2, 2]
+
+
+def test_sides_and_sizes_of_what_is_strided() -> None:
+    pattern = Pattern(1, 2, 10, 20, 4, (Dim(3, 100, 8), Dim(2, 50, 4)))
+    plan = CopyPlan(np.array([[5, 7, 3]], np.uint32), (pattern,), 2, 1)
+    assert plan.num_bytes == 3 * 24
+    assert plan.side(0).blocks.tolist() == [5, 7, 9]
+    assert plan.side(1).blocks.tolist() == [7, 8, 9]
+    assert plan.side(0).places == (Place(1, 10, 4, ((3, 100), (2, 50))),)
+    assert (pattern.src_span, pattern.dst_span) == (254, 24)
 
 
 @given(st.integers(1, 2**32 - 1), st.integers(1, 2**20))

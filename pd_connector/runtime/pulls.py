@@ -1,0 +1,193 @@
+"""Pulls: each is a meeting with the owner, then a transfer from every rank of it that has something for us.
+
+A pull is done when all its transfers are: a block may be used only when every rank that it was read from said that the
+lease was held. When one fails, the others are ended, and the pull ends when the last of them is quiet.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from pd_connector.errors import LayoutMismatch, LocalProtocolError, PDError
+from pd_connector.protocol import events as ev
+from pd_connector.protocol.messages import Endpoint
+from pd_connector.protocol.ticket import Ticket
+from pd_connector.runtime.planner import Demand, Leg, Planner
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What one pull is to do."""
+
+    ticket: Ticket
+    terms: bytes
+    demands: Sequence[Demand]
+    by_layer: bool
+    priority: int
+    audit: bool
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Pull:
+    number: int
+    order: Order
+    on_end: Callable[[ev.TransferEnded], None] | None
+    on_part: Callable[[int], None] | None
+    begun: float
+    starting: bool = True
+    legs: dict[int, Leg] = field(default_factory=dict)
+    """Transfers that have not ended."""
+    waiting: Counter[int] = field(default_factory=Counter)
+    """Per layer (or for the one part), transfers that have not confirmed it."""
+    stats: list[ev.TransferStats] = field(default_factory=list)
+    met_at: float = 0.0
+    outcome: str = "done"
+    error: PDError | None = None
+    over: bool = False
+
+
+class Pulls:
+    """``feed`` takes events for the core, ``new_id`` its numbers, ``clock`` the time in seconds."""
+
+    def __init__(
+        self,
+        reader: str,
+        feed: Callable[[ev.Event], None],
+        new_id: Callable[[], int],
+        clock: Callable[[], float],
+    ) -> None:
+        self._reader, self._feed, self._new_id, self._clock = reader, feed, new_id, clock
+        self._pulls: dict[int, _Pull] = {}
+        self._transfers: dict[int, _Pull] = {}
+        self.planner: Planner | None = None
+
+    def start(
+        self,
+        order: Order,
+        on_end: Callable[[ev.TransferEnded], None] | None,
+        on_part: Callable[[int], None] | None,
+        handle: Callable[[ev.Meet], None],
+    ) -> int:
+        """Returns its number. Raises LocalProtocolError for what is known to be impossible at once."""
+        now, number = self._clock(), self._new_id()
+        pull = self._pulls[number] = _Pull(number, order, on_end, on_part, now)
+        try:
+            handle(ev.Meet(number, order.ticket, order.deadline - now))
+        except LocalProtocolError:
+            del self._pulls[number]
+            raise
+        pull.starting = False
+        if pull.over and isinstance(pull.error, LocalProtocolError):
+            raise pull.error
+        return number
+
+    def abort(self, number: int, reason: str) -> None:
+        if (pull := self._pulls.get(number)) is None:
+            return
+        if pull.outcome == "done":
+            pull.outcome = "aborted"
+        if not pull.legs:
+            self._feed(ev.Abort(number, reason))
+        for transfer in list(pull.legs):
+            self._feed(ev.Abort(transfer, reason))
+
+    # --- what the core says -------------------------------------------------------------------------------------------
+
+    def met(self, note: ev.Met) -> None:
+        pull = self._pulls[note.meeting]
+        pull.met_at = self._clock()
+        if note.error is not None:
+            self._fail(pull, note.error)
+            return
+        try:
+            assert self.planner is not None, "memory is registered before anything is pulled"
+            legs, duties = self.planner.legs(note.ranks, pull.order.demands, pull.order.by_layer)
+        except (LayoutMismatch, LocalProtocolError) as error:
+            self._fail(pull, error)
+            return
+        addresses = {endpoint.rank: endpoint for endpoint in note.ranks}
+        for rank in duties.idle:
+            self._forgo(pull.order.ticket, addresses[rank], duties.readers[rank])
+        if not legs:  # of what this rank holds nothing was asked for
+            self._finish(pull)
+        pull.waiting.update(itertools.chain(*(leg.layers for leg in legs)))
+        for leg in legs:
+            pull.legs[self._new_id()] = leg
+        for transfer, leg in list(pull.legs.items()):
+            self._transfers[transfer] = pull
+            self._feed(self._order(transfer, leg, pull))
+
+    def _order(self, transfer: int, leg: Leg, pull: _Pull) -> ev.Pull:
+        order = pull.order
+        left = max(order.deadline - self._clock(), 0.001)
+        return ev.Pull(
+            transfer, order.ticket, leg.parts, left, leg.rank, leg.readers, order.priority, order.audit, order.terms
+        )
+
+    def _forgo(self, ticket: Ticket, rank: Endpoint, readers: int) -> None:
+        there = msgspec.structs.replace(ticket, address=rank.address, incarnation=rank.incarnation)
+        self._feed(ev.Forgo(there, self._reader, readers))
+
+    def confirmed(self, note: ev.PartConfirmed) -> None:
+        pull = self._transfers[note.transfer]
+        layer = pull.legs[note.transfer].layers[note.part] if pull.legs[note.transfer].layers else 0
+        pull.waiting[layer] -= 1
+        if not pull.waiting[layer] and pull.outcome == "done" and pull.on_part is not None:
+            pull.on_part(layer)
+
+    def ended(self, note: ev.TransferEnded) -> None:
+        pull = self._transfers.pop(note.transfer)
+        del pull.legs[note.transfer]
+        pull.stats.append(note.stats)
+        if note.outcome != "done":
+            self._fail(pull, note.error, note.outcome)
+        elif not pull.legs:
+            self._finish(pull)
+
+    def refused(self, event: ev.Pull, error: LocalProtocolError) -> None:
+        """The core did not start a transfer."""
+        pull = self._transfers.pop(event.transfer)
+        del pull.legs[event.transfer]
+        self._fail(pull, error)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _fail(self, pull: _Pull, error: PDError | None, outcome: str = "failed") -> None:
+        """The first one counts; the transfers that still run are ended because of it."""
+        if pull.error is None:
+            pull.error = error
+        if pull.outcome == "done":
+            pull.outcome = outcome
+            for transfer in pull.legs:
+                self._feed(ev.Abort(transfer, "another rank's blocks cannot be had"))
+        if not pull.legs:
+            self._finish(pull)
+
+    def _finish(self, pull: _Pull) -> None:
+        del self._pulls[pull.number]
+        pull.over = True
+        if pull.starting and isinstance(pull.error, LocalProtocolError):
+            return  # whoever starts it is told by raising
+        done = pull.outcome == "done"
+        failed = set() if done else {block for demand in pull.order.demands for block in demand.target.tolist()}
+        note = ev.TransferEnded(pull.number, pull.outcome, pull.error, tuple(sorted(failed)), self._stats(pull))
+        if pull.on_end is not None:
+            pull.on_end(note)
+
+    def _stats(self, pull: _Pull) -> ev.TransferStats:
+        """Of all transfers together: they ran side by side, so the slowest counts."""
+        every = pull.stats or [ev.TransferStats()]
+        return ev.TransferStats(
+            connect=(pull.met_at or self._clock()) - pull.begun + max(one.connect for one in every),
+            wire=max(one.wire for one in every),
+            commit=max(one.commit for one in every),
+            bytes=sum(one.bytes for one in every),
+            transport="+".join(sorted({one.transport for one in every if one.transport})),
+            digests_compared=sum(one.digests_compared for one in every),
+        )
