@@ -90,7 +90,7 @@ def _group(vllm_config: Any, group_spec: Any, layers: Mapping[str, Sequence[Any]
     forms = {}
     for name, tensors in layers.items():
         if stateful:
-            forms[name] = state_form(tensors, f"rank {tensor_rank} of {tensor_parallel}")
+            forms[name] = state_form(tensors, f"divided among {total}")
             continue
         latent = compat.is_latent(spec)
         packing = "" if latent else compat.interior_packing(specs[name].dtype, tokens, int(specs[name].head_size))
@@ -111,8 +111,10 @@ def _group(vllm_config: Any, group_spec: Any, layers: Mapping[str, Sequence[Any]
 
 def _heads(vllm_config: Any, spec: Any, tensor_parallel: int, rank: int) -> tuple[int, int, int]:
     """(KV heads of the model, first one here, how many here): divided evenly, or replicated where heads are fewer."""
-    if compat.is_state(spec) or compat.is_latent(spec):
+    if compat.is_latent(spec) or getattr(spec, "tp_replicated", False):
         return 1, 0, 1
+    if compat.is_state(spec):
+        return tensor_parallel, rank, 1
     here = int(spec.num_kv_heads)
     model = int(vllm_config.model_config.get_total_num_kv_heads())
     shards = getattr(spec, "max_tp_shards", None) or (model if here == 1 else tensor_parallel)

@@ -53,8 +53,8 @@ class PDScheduler:
         self.groups = compat.transfer_groups(kv_cache_config)
         specs = [kv_cache_config.kv_cache_groups[group].kv_cache_spec for group in self.groups]
         self._block_tokens = [int(spec.block_size) for spec in specs]
-        self._forgetful = any(map(compat.forgets, specs))
-        self._stateful = any(map(compat.is_state, specs))
+        self._states = [compat.is_state(spec) for spec in specs]
+        self._shortens = any(self._states) or any(map(compat.forgets, specs))
         self._config = instance_config(vllm_config)
         self._model = self._config.model or model_identity(vllm_config.model_config)
         self._notes: deque[ev.Note] = deque()
@@ -92,7 +92,7 @@ class PDScheduler:
 
     def on_new_request(self, request: Any) -> None:
         """Keep the ticket's lease alive while the request waits in the queue."""
-        if self._forgetful and (request.kv_transfer_params or {}).get("do_remote_decode"):
+        if self._shortens and (request.kv_transfer_params or {}).get("do_remote_decode"):
             _shorten(request)
         hope = self._hope(request)
         if hope is not None and not hope.attempted:
@@ -134,8 +134,6 @@ class PDScheduler:
             )
         if ticket.key != self._key(request, ticket.tokens):
             return "key_mismatches", "the ticket is for other tokens, another LoRA, cache_salt or media"
-        if self._stateful:
-            return "tickets_unusable", "this model has states (Mamba), which are not handed over"
         if len(ticket.blocks) != len(self.groups):
             return (
                 "tickets_unusable",
@@ -184,8 +182,8 @@ class PDScheduler:
         first = hope.ticket.tokens - external_tokens
         ids = blocks.get_block_ids()
         wanted = [
-            _wanted(ids[group], size, first, hope.ticket.tokens)
-            for group, size in zip(self.groups, self._block_tokens, strict=True)
+            (_state(ids[group]), (0, 1)) if state else _wanted(ids[group], size, first, hope.ticket.tokens)
+            for group, size, state in zip(self.groups, self._block_tokens, self._states, strict=True)
         ]
         self._counters["tokens_to_load"] += external_tokens
         block_ids, tokens = zip(*wanted, strict=True)
@@ -209,8 +207,12 @@ class PDScheduler:
         tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
         if not done or not any(block_ids) or not tokens or request.prompt_token_ids is None:
             return False, None
-        if self._stateful:
-            self._decline(request, "states_not_handed_over", "this model has states (Mamba), which are not handed over")
+        blocks = tuple(
+            tuple(_state(block_ids[group]) if state else block_ids[group][: -(-tokens // size)])
+            for group, size, state in zip(self.groups, self._block_tokens, self._states, strict=True)
+        )
+        if any(state and len(ids) != 1 for state, ids in zip(self._states, blocks, strict=True)):
+            self._decline(request, "states_not_handed_over", "its states lie in several blocks (mamba_cache_mode)")
             return False, None
         self._last_lease += 1
         ticket = Ticket(
@@ -219,10 +221,7 @@ class PDScheduler:
             lease=self._last_lease,
             epoch=1,
             capability=secrets.token_bytes(CAPABILITY_BYTES),
-            blocks=tuple(
-                tuple(block_ids[group][: -(-tokens // size)])
-                for group, size in zip(self.groups, self._block_tokens, strict=True)
-            ),
+            blocks=blocks,
             tokens=tokens,
             key=self._key(request, tokens),
         )
@@ -331,9 +330,14 @@ def _wanted(ids: Sequence[int], size: int, first: int, last: int) -> tuple[list[
     return (blocks, (max(first, at * size), last)) if blocks else ([], (last, last))
 
 
+def _state(ids: Sequence[int]) -> list[int]:
+    """The block of a request's state, after its last token: there is one, unless states are kept for prefixes, too."""
+    return [block for block in ids if block]
+
+
 def _shorten(request: Any) -> None:
-    """Take the last prompt token from a prefill that is for somebody else. The decode instance computes it in any case,
-    and needs the window before it; a window that has moved on may have lost its first token."""
+    """Take the last prompt token from a prefill that is for somebody else. The decode instance computes it in any case:
+    it needs the state before it, and the window before it, of which one that has moved on may lack the first token."""
     tokens = request.prompt_token_ids
     if tokens is None or len(tokens) < 2 or request.num_tokens != len(tokens):
         return

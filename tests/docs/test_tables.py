@@ -14,7 +14,7 @@ from documents import READMES, ROOT, fields, first_column, read, section, table,
 
 from pd_connector.cli import _parser
 from pd_connector.config import Config
-from pd_connector.layout import GroupLayout, KVLayout
+from pd_connector.layout import Form, GroupLayout, KVLayout, Part
 from pd_connector.protocol import messages
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
@@ -30,7 +30,10 @@ WIRE, CONFIGURATION, OPERATIONS = (f"docs/{name}.md" for name in ("wire_protocol
 MESSAGES: dict[str, type[messages.Message]] = {
     str(kind.__struct_config__.tag): kind for kind in get_args(messages.AnyMessage)
 }
-STRUCTS = {kind.__name__: kind for kind in (messages.Endpoint, messages.Audit, KVLayout, GroupLayout, Ticket)}
+STRUCTS = {
+    kind.__name__: kind
+    for kind in (messages.Endpoint, messages.AuditPlan, messages.Audit, KVLayout, GroupLayout, Form, Part, Ticket)
+}
 ZMQ = {kind.__name__: kind for kind in (zmq_wire.Where, zmq_wire.Ping, zmq_wire.Read, zmq_wire.Pong, zmq_wire.Answer)}
 
 
