@@ -68,6 +68,6 @@ def _qwen3_next() -> Any:
         **_common(), num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
         linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, shared_expert_intermediate_size=128,
-        
+
     )  # fmt: skip
     return Qwen3NextForCausalLM(config)
