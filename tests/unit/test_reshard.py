@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from resharding import Rank, Shape, Style, execute, instance, logical, write
+from pd_connector.testing.instances import Rank, Shape, Style, execute, instance, logical, write
 
 from pd_connector.errors import LayoutMismatch, LocalProtocolError
 from pd_connector.layout import Form, GroupLayout, KVLayout, Part
