@@ -45,6 +45,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     transport: "auto", or the names of the only transports to use.
     transport_options: options per transport name, checked by the transport.
     audit: digest every block read on both sides and compare (costs CPU on both).
+    strict: a decode instance answers with an error, instead of computing a prompt whose prefill was handed over; needs
+        vLLM's kv_load_failure_policy "fail".
     model: model identity to compare with peers; empty for the engine's own idea of it.
     io_cpus: CPUs for our I/O threads; empty for all of the machine.
     """
@@ -63,6 +65,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     transport: str | tuple[str, ...] = "auto"
     transport_options: dict[str, dict[str, Any]] = {}
     audit: bool = False
+    strict: bool = False
     model: str = ""
     io_cpus: tuple[Cpu, ...] = ()
 

@@ -147,7 +147,9 @@ def execute(plans: list[CopyPlan], source: Rank, target: Rank) -> None:
 
 
 def places(offset: int, run: int, dims: tuple[Dim, ...], side: int) -> npt.NDArray[np.int64]:
-    at = np.array([offset])
+    """Every byte of a pattern on one side (1: the source, 2: the destination), counted from its block's start."""
+    at: npt.NDArray[np.int64] = np.array([offset])
     for dim in dims:
         at = (at[:, None] + np.arange(dim[0]) * dim[side]).reshape(-1)
-    return (at[:, None] + np.arange(run)).reshape(-1)
+    out: npt.NDArray[np.int64] = (at[:, None] + np.arange(run)).reshape(-1)
+    return out

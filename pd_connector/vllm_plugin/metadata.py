@@ -21,12 +21,14 @@ class Handshake(KVConnectorHandshakeMetadata):
 
 @dataclass
 class Load:
-    """Read tokens of a ticket: per KV cache group a range, into blocks that begin with the one of the first token."""
+    """Read tokens of a ticket: per KV cache group a range, into blocks that begin with the one of the first token. With
+    a ``problem`` it only fails, saying so."""
 
     request_id: str
-    ticket: Ticket
+    ticket: Ticket | None
     block_ids: tuple[list[int], ...]
     tokens: tuple[tuple[int, int], ...]
+    problem: str = ""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from pd_connector.cache.prefix import extend_key, root_key
-from pd_connector.errors import RemoteProtocolError
+from pd_connector.errors import ConfigError, RemoteProtocolError
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.messages import CAPABILITY_BYTES, Endpoint
 from pd_connector.protocol.params import from_params, to_params
@@ -34,12 +34,16 @@ logger = logging.getLogger(__name__)
 _EXPIRED = "it expired"
 """Reason of an expired lease. Ours may expire while a reader still renews the workers' at the workers."""
 
+_STATES = "its states lie in several blocks (mamba_cache_mode), which are not handed over"
+
 
 @dataclass
 class Hope:
-    """A decode request that may load its prompt's KV: the one attempt it has."""
+    """A decode request that was handed over and may load its prompt's KV: the one attempt it has. ``problem`` says why
+    its ticket, if it has one at all, cannot serve."""
 
-    ticket: Ticket
+    ticket: Ticket | None = None
+    problem: str = ""
     attempted: bool = False
     loading: bool = False
 
@@ -56,11 +60,13 @@ class PDScheduler:
         self._states = [compat.is_state(spec) for spec in specs]
         self._shortens = any(self._states) or any(map(compat.forgets, specs))
         self._config = instance_config(vllm_config)
+        self._strict = self._config.strict
+        if self._strict and getattr(transfer, "kv_load_failure_policy", "") != "fail":
+            raise ConfigError('strict needs "kv_load_failure_policy": "fail": a failed load would be computed again')
         self._model = self._config.model or model_identity(vllm_config.model_config)
         self._notes: deque[ev.Note] = deque()
         self._orders = StepOrders()
         self._hopes: dict[str, Hope] = {}
-        self._hopeless: set[str] = set()  # requests whose ticket was none
         self._lost: set[bytes] = set()
         self._leases: dict[int, str] = {}
         self._lease_of: dict[str, int] = {}
@@ -95,28 +101,25 @@ class PDScheduler:
         if self._shortens and (request.kv_transfer_params or {}).get("do_remote_decode"):
             _shorten(request)
         hope = self._hope(request)
-        if hope is not None and not hope.attempted:
+        if hope is not None and hope.ticket is not None and not hope.problem:
             self._portal.post(self._agent.keep, hope.ticket)
 
     def _hope(self, request: Any) -> Hope | None:
-        """What a request may load, looked at once; None when it computes everything itself."""
+        """What a request may load, looked at once; None when it was not handed over."""
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             return None
         if (known := self._hopes.get(request.request_id)) is not None:
             return known
+        hope = self._hopes[request.request_id] = Hope()
         try:
-            hope = Hope(from_params(params))
+            hope.ticket = from_params(params)
         except RemoteProtocolError as error:
-            params["do_remote_prefill"] = False
-            self._hopeless.add(request.request_id)
-            self._decline(request, "tickets_malformed", str(error))
-            return None
-        self._hopes[request.request_id] = hope
+            self._decline(request, hope, "tickets_malformed", str(error))
+            return hope
         problem = self._problem(request, hope.ticket)
         if problem is not None:
-            hope.attempted = True
-            self._decline(request, *problem)
+            self._decline(request, hope, *problem)
             self._portal.post(self._release, hope.ticket)
         return hope
 
@@ -147,23 +150,29 @@ class PDScheduler:
         root = root_key(model=self._model, salt=request.cache_salt or "", lora=lora, media=media)
         return extend_key(root, request.prompt_token_ids[:tokens])
 
-    def _decline(self, request: Any, counter: str, why: str) -> None:
+    def _decline(self, request: Any, hope: Hope, counter: str, why: str) -> None:
+        """The ticket cannot serve: compute the prompt here, or, if that must not happen silently, let the load fail."""
         self._counters[counter] += 1
-        logger.warning("request %s computes its prompt here: %s", request.request_id, why)
+        hope.problem = why
+        outcome = "fails" if self._strict else "computes its prompt here"
+        logger.warning("request %s %s: %s", request.request_id, outcome, why)
 
     def matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
         """(tokens that can be loaded beyond ``computed``, asynchronously?)."""
         hope = self._hope(request)
         if hope is None or hope.attempted:
             return 0, False
-        if hope.ticket.capability in self._lost:
-            hope.attempted = True
+        if hope.ticket is not None and hope.ticket.capability in self._lost:
             self._lost.discard(hope.ticket.capability)
-            self._decline(request, "tickets_lost", "the lease ended while the request waited in the queue")
-            return 0, False
+            self._decline(request, hope, "tickets_lost", "the lease ended while the request waited in the queue")
+        missing = request.num_prompt_tokens - computed
+        if hope.problem:
+            # The last prompt token would be computed here in any case.
+            return (missing, True) if self._strict and missing > 1 else (0, False)
+        assert hope.ticket is not None, "without one there is a problem"
         count = hope.ticket.tokens - computed
-        # The last prompt token is always computed here: loading it alone would be loading for nothing.
-        if count <= 0 or (count == 1 and hope.ticket.tokens == request.num_prompt_tokens):
+        # Loading the last prompt token alone would be loading for nothing.
+        if count <= 0 or count == missing == 1:
             return 0, False
         return count, True
 
@@ -174,20 +183,24 @@ class PDScheduler:
             return
         hope.attempted = True
         if not external_tokens:
-            self._counters["tickets_not_needed"] += 1
-            self._portal.post(self._release, hope.ticket)
+            if not hope.problem and hope.ticket is not None:
+                self._counters["tickets_not_needed"] += 1
+                self._portal.post(self._release, hope.ticket)
             return
         hope.loading = True
-        self._portal.post(self._agent.drop, hope.ticket)
-        first = hope.ticket.tokens - external_tokens
         ids = blocks.get_block_ids()
+        tokens = request.num_prompt_tokens if hope.problem or hope.ticket is None else hope.ticket.tokens
         wanted = [
-            (_state(ids[group]), (0, 1)) if state else _wanted(ids[group], size, first, hope.ticket.tokens)
+            (_state(ids[group]), (0, 1)) if state else _wanted(ids[group], size, tokens - external_tokens, tokens)
             for group, size, state in zip(self.groups, self._block_tokens, self._states, strict=True)
         ]
-        self._counters["tokens_to_load"] += external_tokens
-        block_ids, tokens = zip(*wanted, strict=True)
-        self._orders.loads.append(Load(request.request_id, hope.ticket, block_ids, tokens))
+        if not hope.problem:
+            self._portal.post(self._agent.drop, hope.ticket)
+            self._counters["tokens_to_load"] += external_tokens
+        if any(state and len(found) != 1 for state, (found, _) in zip(self._states, wanted, strict=True)):
+            hope.problem = hope.problem or _STATES
+        block_ids, ranges = zip(*wanted, strict=True)
+        self._orders.loads.append(Load(request.request_id, hope.ticket, block_ids, ranges, hope.problem))
 
     def _release(self, ticket: Ticket) -> None:
         self._agent.release(ticket, whole=True)
@@ -201,7 +214,7 @@ class PDScheduler:
         if not params or not params.get("do_remote_decode"):
             return False, None
         if not self._produces:
-            self._decline(request, "wrong_role", "kv_role kv_consumer hands nothing over; use kv_producer or kv_both")
+            self._keep_back(request, "wrong_role", "kv_role kv_consumer hands nothing over; use kv_producer or kv_both")
             return False, None
         done = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
@@ -212,7 +225,7 @@ class PDScheduler:
             for group, size, state in zip(self.groups, self._block_tokens, self._states, strict=True)
         )
         if any(state and len(ids) != 1 for state, ids in zip(self._states, blocks, strict=True)):
-            self._decline(request, "states_not_handed_over", "its states lie in several blocks (mamba_cache_mode)")
+            self._keep_back(request, "states_not_handed_over", _STATES)
             return False, None
         self._last_lease += 1
         ticket = Ticket(
@@ -238,6 +251,10 @@ class PDScheduler:
             pp_size=int(parallel.pipeline_parallel_size),
         )
 
+    def _keep_back(self, request: Any, counter: str, why: str) -> None:
+        self._counters[counter] += 1
+        logger.warning("request %s is not handed over: %s", request.request_id, why)
+
     def _grant_here(self, ticket: Ticket) -> None:
         """A lease of the same number on the advertised agent, so that it answers RENEW and RELEASE. It lasts as long as
         the workers' own, because its answers tell the reader how often to renew; those decide when one expires."""
@@ -247,11 +264,11 @@ class PDScheduler:
         # A request may end before anybody looked at it; its owner need not wait for the lease to run out.
         hope = self._hope(request)
         if hope is None:
-            self._hopeless.discard(request.request_id)
             return
-        self._hopes.pop(request.request_id, None)
-        self._lost.discard(hope.ticket.capability)
-        if not hope.attempted:
+        del self._hopes[request.request_id]
+        if hope.ticket is not None:
+            self._lost.discard(hope.ticket.capability)
+        if not hope.attempted and not hope.problem and hope.ticket is not None:
             self._portal.post(self._release, hope.ticket)
         elif hope.loading:
             self._orders.aborts.append(request.request_id)
@@ -262,8 +279,7 @@ class PDScheduler:
         while self._notes:
             self._take(self._notes.popleft())
         for new in scheduler_output.scheduled_new_reqs:
-            handed_over = new.req_id in self._hopes or new.req_id in self._hopeless
-            if handed_over and new.prompt_token_ids is not None:
+            if new.req_id in self._hopes and new.prompt_token_ids is not None:
                 # The last prompt token is always computed here.
                 missing = len(new.prompt_token_ids) - 1 - int(new.num_computed_tokens)
                 self._counters["tokens_recomputed"] += max(missing, 0)

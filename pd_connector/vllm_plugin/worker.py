@@ -152,17 +152,20 @@ class PDWorker:
             error = type(note.error).__name__ if note.error is not None else ""
             if note.outcome == "failed":
                 logger.warning("request %s: load failed: %s", load.request_id, note.error)
-            if note.outcome != "done":
+            if note.outcome != "done" and load.ticket is not None:
                 # No rank will use what it reads under this ticket, and a pull that got no connection told nobody.
                 agent.release(load.ticket, whole=True)
             self._look()
             # First of all, since the step that reports the end may be the last one for long.
-            self._transferred.append(Transferred(note.stats, note.outcome, error, load.ticket.address))
+            address = "" if load.ticket is None else load.ticket.address
+            self._transferred.append(Transferred(note.stats, note.outcome, error, address))
             # Of an aborted request nothing may be said but that it is quiet: its blocks may be another's by now.
             self._ended.append(_Ended(load.request_id, load.block_ids, failed=note.outcome == "failed"))
             self._wake.set()
 
         try:
+            if load.problem or load.ticket is None:
+                raise TransferFailed(load.problem)
             number = agent.start_pull(load.ticket, load.block_ids, tokens=load.tokens, on_end=ended)
         except Exception as error:  # an engine that is never told waits for ever
             if not over:

@@ -230,7 +230,6 @@ class MiniEngine:
         assert self.free_blocks == self.cache_config.num_blocks - 1  # block 0 is vLLM's null block
         scheduler = self.scheduler.connector.scheduler
         assert not scheduler._hopes
-        assert not scheduler._hopeless
         assert not scheduler._leases
         assert not scheduler._lease_of
         assert not scheduler._lost

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pd_connector.testing.instances import Rank, Shape, Style, execute, instance, logical, write
 
 from pd_connector.errors import LayoutMismatch, LocalProtocolError
 from pd_connector.layout import Form, GroupLayout, KVLayout, Part
 from pd_connector.ranks import duties, shares
 from pd_connector.reshard import Blocks, Resharding, overlay
+from pd_connector.testing.instances import Rank, Shape, Style, execute, instance, logical, write
 
 SIZES = (1, 2, 3, 4, 8, 16)
 HEADS = (1, 2, 4, 8)
