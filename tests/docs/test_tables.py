@@ -182,7 +182,9 @@ def counted() -> set[str]:
                 case ast.Subscript(value=ast.Attribute(attr="counters" | "_counters"), slice=key):
                     if not isinstance(key, ast.JoinedStr):
                         found |= {part.value for part in ast.walk(key) if isinstance(part, ast.Constant)}
-                case ast.Call(func=ast.Attribute(attr="_decline"), args=[_, ast.Constant(value=str(key)), *_]):
+                case ast.Call(func=ast.Attribute(attr="_decline"), args=[_, _, ast.Constant(value=str(key)), *_]):
+                    found.add(key)
+                case ast.Call(func=ast.Attribute(attr="_keep_back"), args=[_, ast.Constant(value=str(key)), *_]):
                     found.add(key)
                 case ast.FunctionDef(name="_problem"):
                     found |= {
