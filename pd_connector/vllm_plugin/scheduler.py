@@ -67,6 +67,7 @@ class PDScheduler:
         self._notes: deque[ev.Note] = deque()
         self._orders = StepOrders()
         self._hopes: dict[str, Hope] = {}
+        self._shortened: set[str] = set()
         self._lost: set[bytes] = set()
         self._leases: dict[int, str] = {}
         self._lease_of: dict[str, int] = {}
@@ -98,8 +99,8 @@ class PDScheduler:
 
     def on_new_request(self, request: Any) -> None:
         """Keep the ticket's lease alive while the request waits in the queue."""
-        if self._shortens and (request.kv_transfer_params or {}).get("do_remote_decode"):
-            _shorten(request)
+        if self._shortens and (request.kv_transfer_params or {}).get("do_remote_decode") and _shorten(request):
+            self._shortened.add(request.request_id)
         hope = self._hope(request)
         if hope is not None and hope.ticket is not None and not hope.problem:
             self._portal.post(self._agent.keep, hope.ticket)
@@ -137,6 +138,8 @@ class PDScheduler:
             )
         if ticket.key != self._key(request, ticket.tokens):
             return "key_mismatches", "the ticket is for other tokens, another LoRA, cache_salt or media"
+        if self._shortens and ticket.tokens >= request.num_prompt_tokens:
+            return "tickets_unusable", "its windows and states are those after the last token, which is computed here"
         if len(ticket.blocks) != len(self.groups):
             return (
                 "tickets_unusable",
@@ -210,6 +213,8 @@ class PDScheduler:
     def finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """A request ended: lease its blocks if it was a prefill for somebody else. (delay the free?, ticket)."""
         self._finish_hope(request)
+        shortened = request.request_id in self._shortened
+        self._shortened.discard(request.request_id)
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_decode"):
             return False, None
@@ -219,6 +224,11 @@ class PDScheduler:
         done = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         tokens = min(request.num_prompt_tokens, request.num_computed_tokens)
         if not done or not any(block_ids) or not tokens or request.prompt_token_ids is None:
+            return False, None
+        if self._shortens and not shortened:
+            self._keep_back(
+                request, "states_not_handed_over", "its prompt, of embeddings or one token, has no last token less"
+            )
             return False, None
         blocks = tuple(
             tuple(_state(block_ids[group]) if state else block_ids[group][: -(-tokens // size)])
@@ -351,12 +361,13 @@ def _state(ids: Sequence[int]) -> list[int]:
     return [block for block in ids if block]
 
 
-def _shorten(request: Any) -> None:
+def _shorten(request: Any) -> bool:
     """Take the last prompt token from a prefill that is for somebody else. The decode instance computes it in any case:
     it needs the state before it, and the window before it, of which one that has moved on may lack the first token."""
     tokens = request.prompt_token_ids
     if tokens is None or len(tokens) < 2 or request.num_tokens != len(tokens):
-        return
+        return False
     request.prompt_token_ids = tokens[:-1]
     del request._all_token_ids[-1]
     request.num_prompt_tokens -= 1
+    return True

@@ -233,6 +233,7 @@ class MiniEngine:
         assert not scheduler._leases
         assert not scheduler._lease_of
         assert not scheduler._lost
+        assert not scheduler._shortened
 
     def shutdown(self) -> None:
         self.worker.shutdown()
