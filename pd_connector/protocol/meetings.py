@@ -45,6 +45,7 @@ class Meetings:
         self._context.notify(Met(number, session.ranks))
 
     def fail(self, number: int, error: PDError) -> None:
+        self._context.counters["meetings_failed"] += 1
         self._context.timers.cancel(("meet", number))
         del self._open[number]
         self._context.notify(Met(number, (), error))
