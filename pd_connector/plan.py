@@ -111,7 +111,7 @@ class CopyPlan:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_blocks * sum(pattern.num_bytes for pattern in self.patterns)
+        return self.num_blocks * sum(p.num_bytes if p.dims else p.run_bytes for p in self.patterns)
 
     def side(self, side: int) -> Side:
         """The source (0) or the destination (1), in the same order."""
@@ -153,10 +153,13 @@ def coalesce(src_blocks: Ids, dst_blocks: Ids) -> Runs:
 
 def merge(src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], src_step: int = 1, dst_step: int = 1) -> Runs:
     """Runs of pairs in the order given; they are not checked."""
-    breaks = np.flatnonzero((np.diff(src) != src_step) | (np.diff(dst) != dst_step)) + 1
-    starts = np.concatenate(([0], breaks))
-    counts = np.diff(np.concatenate((starts, [len(src)])))
-    return np.stack((src[starts], dst[starts], counts), axis=1).astype(np.uint32)
+    breaks = np.flatnonzero((src[1:] - src[:-1] != src_step) | (dst[1:] - dst[:-1] != dst_step))
+    runs = np.empty((len(breaks) + 1, 3), np.uint32)
+    starts = np.concatenate(([0], breaks + 1))
+    runs[:, 0], runs[:, 1] = src[starts], dst[starts]
+    runs[:-1, 2] = starts[1:] - starts[:-1]
+    runs[-1, 2] = len(src) - starts[-1]
+    return runs
 
 
 def whole_patterns(grids: Sequence[GridRef], group: int) -> tuple[Pattern, ...]:
@@ -182,6 +185,8 @@ def split_layers(plans: Sequence[CopyPlan], grids: Sequence[GridRef]) -> list[tu
 def block_ids(blocks: Ids, side: str) -> npt.NDArray[np.int64]:
     """Block ids as an array. Raises LocalProtocolError for anything but a flat list of integers in 0..2**32-1."""
     ids: npt.NDArray[Any] = np.asarray(blocks)
+    if ids.dtype == np.uint32 and ids.ndim == 1:
+        return ids.astype(np.int64)
     if ids.size == 0:
         return np.zeros(0, np.int64)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

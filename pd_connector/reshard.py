@@ -57,10 +57,10 @@ def overlay(source: Blocks, target: Blocks, first: int, last: int) -> list[Overl
     if first >= last:
         return []
     src, dst = _covering(source, first, last, "source"), _covering(target, first, last, "destination")
-    ordered = np.sort(dst)
-    if (ordered[1:] == ordered[:-1]).any():
-        raise LocalProtocolError("a destination block is named twice in one transfer")
     a, b = source.tokens, target.tokens
+    if a == b and not first % a and not last % a:  # the usual case, of which small transfers feel every step
+        return [_alike(src, dst, a)]
+    _check_once(np.sort(dst))
     both = math.lcm(a, b)
     bounds = _bounds(a, b, first, last)
     starts = bounds[:-1]
@@ -79,6 +79,19 @@ def overlay(source: Blocks, target: Blocks, first: int, last: int) -> list[Overl
     if whole.start < whole.stop:
         out.extend(_kinds(src[whole], dst[whole], bounds[whole.start : whole.stop + 1], a, b, both))
     return out
+
+
+def _alike(src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], tokens: int) -> Overlay:
+    """Whole blocks of one size."""
+    order = np.argsort(dst)
+    src, dst = src[order], dst[order]
+    _check_once(dst)
+    return Overlay(Segment(0, 0, tokens), merge(src, dst), 1, 1)
+
+
+def _check_once(ordered: npt.NDArray[np.int64]) -> None:
+    if (ordered[1:] == ordered[:-1]).any():
+        raise LocalProtocolError("a destination block is named twice in one transfer")
 
 
 def _covering(side: Blocks, first: int, last: int, name: str) -> npt.NDArray[np.int64]:
@@ -105,8 +118,7 @@ def _kinds(src: Any, dst: Any, bounds: Any, a: int, b: int, both: int) -> list[O
     """Overlays of segments between natural bounds, by their phase in the common period of the block sizes."""
     phase = bounds[:-1] % both
     if a == b:
-        order = np.argsort(dst)
-        return [Overlay(Segment(0, 0, a), merge(src[order], dst[order]), 1, 1)]
+        return [_alike(src, dst, a)]
     order = np.argsort(phase * 2**32 + dst)
     lengths = np.diff(bounds)[order]
     src, dst, phase = src[order], dst[order], phase[order]

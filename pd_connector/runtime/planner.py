@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pd_connector.errors import LocalProtocolError
 from pd_connector.layout import KVLayout
 from pd_connector.memory import GridRef
-from pd_connector.plan import CopyPlan, block_ids, split_layers
+from pd_connector.plan import CopyPlan, split_layers
 from pd_connector.protocol.messages import Endpoint
 from pd_connector.ranks import Duties, duties
 from pd_connector.reshard import Resharding
@@ -61,14 +61,19 @@ class Planner:
         self.layout = layout
         self.instance: tuple[KVLayout, ...] = (layout,)
         """Layouts of all ranks of the instance that this one belongs to; they share the work."""
+        every = sorted({(ref.grid.group, ref.grid.layer) for ref in grids})
+        self._numbers = {layer: index for index, layer in enumerate(every)}
+        self._num_blocks: dict[int, int] = {}
+        for ref in grids:
+            known = self._num_blocks.get(ref.grid.group, ref.grid.num_blocks)
+            self._num_blocks[ref.grid.group] = min(known, ref.grid.num_blocks)
         self._owners: OrderedDict[tuple[int, ...], _Owner] = OrderedDict()
 
     def num_blocks(self, group: int) -> int:
         """Raises LocalProtocolError for a group that is not registered."""
-        sizes = [ref.grid.num_blocks for ref in self._grids if ref.grid.group == group]
-        if not sizes:
+        if group not in self._num_blocks:
             raise LocalProtocolError(f"KV cache group {group} is not registered here")
-        return min(sizes)
+        return self._num_blocks[group]
 
     def demand(
         self,
@@ -107,7 +112,7 @@ class Planner:
         return out
 
     def _check_target(self, group: int, target: Ids) -> None:
-        limit, ids = self.num_blocks(group), np.sort(block_ids(target, "destination"))
+        limit, ids = self.num_blocks(group), np.sort(target)
         if len(ids) and ids[-1] >= limit:
             raise LocalProtocolError(f"destination block {ids[-1]} does not exist: group {group} has {limit}")
         if (ids[1:] == ids[:-1]).any():
@@ -137,12 +142,10 @@ class Planner:
         return resharding.plan(group, demand.source, demand.target, first, last, 0, start)
 
     def _layers(self, parts: Sequence[Sequence[CopyPlan]]) -> tuple[int, ...]:
-        every = sorted({(ref.grid.group, ref.grid.layer) for ref in self._grids})
-        number = {layer: index for index, layer in enumerate(every)}
         grids = [
             self._grids[part[0].patterns[0].dst_grid].grid if part and part[0].patterns else None for part in parts
         ]
-        return tuple(0 if grid is None else number[grid.group, grid.layer] for grid in grids)
+        return tuple(0 if grid is None else self._numbers[grid.group, grid.layer] for grid in grids)
 
     def _owner(self, owners: Sequence[Endpoint]) -> _Owner:
         key = tuple(endpoint.incarnation for endpoint in owners)
