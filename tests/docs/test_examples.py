@@ -20,3 +20,12 @@ def test_custom_engine() -> None:
     assert f"decode: 40 tokens, 98304 bytes over {transport}, all equal" in done.stdout
     assert "prefill: blocks [11, 3, 42] are free again" in done.stdout
     assert done.stderr == ""
+
+
+def test_unlike_instances() -> None:
+    script = EXAMPLES / "unlike_instances.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    # 5 blocks of 16 tokens x 4 layers x 4 heads x (K and V) x 64 channels x 2 bytes
+    assert "70 tokens of 4 heads from 2 ranks, 327680 bytes, all equal" in done.stdout
+    assert done.stderr == ""
