@@ -93,7 +93,7 @@ int check_plan(const pd_memory *memory, const op *read, uint64_t *total)
         const pd_pattern *pattern = &read->patterns[i];
         uint64_t src_span, dst_span, bytes;
         if (pattern->src_grid >= 1ull << 48 || pattern->src_offset >= 1ull << 48 ||
-            !measure(pattern, &src_span, &dst_span, &bytes))
+            !measure(pattern, &src_span, &dst_span, &bytes) || bytes > dst_span) /* more would be written over */
             return pd_fail(EINVAL, "a pattern of the plan has an impossible source grid, offset or dimension");
         if (!read->num_runs)
             continue;

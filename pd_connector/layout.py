@@ -52,7 +52,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
     """The inside of a layer's blocks: ``block_bytes`` of each of its grids and the parts that lie in them."""
 
     block_bytes: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=64)]
-    parts: Annotated[tuple[Part, ...], Meta(max_length=64)]
+    parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=64)]
 
 
 class GroupLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,9 +77,13 @@ class GroupLayout(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.form_of) != len(self.layers) or any(form >= len(self.forms) for form in self.form_of):
             raise ValueError(f"{len(self.layers)} layers need the index of a form each")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError("two layers have one name")
         if self.first_head + self.heads > self.total_heads:
             raise ValueError(f"heads {self.first_head} to {self.first_head + self.heads - 1} of {self.total_heads}")
         for form in self.forms:
+            if not form.parts or len({part.name for part in form.parts}) < len(form.parts):
+                raise ValueError("a form has parts, each with a name of its own")
             for part in form.parts:
                 _check_part(part, form, self)
 
@@ -123,6 +127,8 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
 def heads_of_rank(total: int, ranks: int, rank: int) -> tuple[int, int]:
     """(first head, heads) of a tensor-parallel rank, as engines divide them: evenly, or replicated where there are more
     ranks than heads. Raises LayoutMismatch where neither comes out even."""
+    if total < 1 or not 0 <= rank < ranks:
+        raise LayoutMismatch(f"rank {rank} of {ranks} cannot hold any of {total} KV heads")
     if total % ranks == 0:
         each = total // ranks
         return rank * each, each
@@ -164,6 +170,10 @@ def phases(ours: int, theirs: int) -> int:
 
 
 def _check_part(part: Part, form: Form, group: GroupLayout) -> None:
+    sizes = (part.grid, part.offset, part.token_stride, part.chunk_stride, part.head_stride)
+    counts = (part.unit_tokens, part.unit_bytes, part.chunks)
+    if any(type(size) is not int for size in sizes + counts) or min(sizes) < 0 or min(counts) < 1:
+        raise ValueError(f"part {part.name!r}: sizes are whole numbers, and none is negative")
     if part.grid >= len(form.block_bytes) or group.block_tokens % part.unit_tokens:
         raise ValueError(f"part {part.name!r} has no grid, or units that do not fill blocks")
     units = group.block_tokens // part.unit_tokens
@@ -191,7 +201,7 @@ def _diff_group(a: GroupLayout, b: GroupLayout) -> list[str]:
         out.append(f"block size in tokens: ours {a.block_tokens}, theirs {b.block_tokens}, with too few common bounds")
     theirs_of = {layer: b.form(index) for index, layer in enumerate(b.layers)}
     pairs = {(a.form(index), theirs_of[layer]) for index, layer in enumerate(a.layers) if layer in theirs_of}
-    for mine, other in sorted(pairs or {(x, y) for x in a.forms[:1] for y in b.forms[:1]}, key=str):
+    for mine, other in sorted(pairs, key=str):
         out.extend(line for line in _diff_form(mine, other) if line not in out)
     if a.block_tokens != b.block_tokens and any("packed as" in line for line in out):
         out.append(f"block size in tokens: ours {a.block_tokens}, theirs {b.block_tokens}")

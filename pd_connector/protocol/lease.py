@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fractions import Fraction
 from typing import Any
 
 from pd_connector.plan import Ids
@@ -52,15 +53,15 @@ class Lease:
     capability: bytes
     blocks: Mapping[int, Ids]
     readers: int
-    """Instances that may read; each has as many ranks that do as ``ranks`` says, once one has spoken."""
+    """Instances that may read. How many ranks of each do, the ranks say."""
     seconds: float
     deadline: float
     cap: float
     terms: bytes = b""
     state: LeaseState = LeaseState.HELD
     reason: str = ""
-    ranks: int = 1
-    done: set[str] = field(default_factory=set)
+    done: dict[str, Fraction] = field(default_factory=dict)
+    """Who has read, and which part of its instance it is."""
 
     def step(self, what: LeaseInput, reason: str = "") -> bool:
         """Apply an input; True when it ended the lease."""

@@ -34,9 +34,14 @@ class Meetings:
         self._dialer.attach(event.meeting, event.ticket.address, event.ticket.incarnation, now)
 
     def ready(self, number: int, session: Session, now: float) -> None:
+        numbers = [rank.rank for rank in session.ranks]
+        error = None
         if not session.ranks:
             # It may not have known its ranks yet when it said hello: the next one asks again.
             error = LayoutMismatch(f"{session.who} has no memory, nor ranks that have")
+        elif numbers != [rank.layout.rank for rank in session.ranks]:
+            error = LayoutMismatch(f"{session.who} names ranks {numbers[:8]} with the layouts of others")
+        if error is not None:
             self.fail(number, error)
             self._dialer.data_lost(session.address, session.peer, error, now)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from fractions import Fraction
 
 from pd_connector.errors import LocalProtocolError
 from pd_connector.protocol.audit import audit_problem, first_difference, sides_of
@@ -257,9 +258,8 @@ class Owner:
 
     def _reader_done(self, lease: Lease, message: Commit | Release, reason: str, now: float) -> None:
         """A lease is for so many instances; how many ranks of each read here, the ranks say."""
-        lease.done.add(message.reader)
-        lease.ranks = max(lease.ranks, message.readers)
-        over = len(lease.done) >= lease.readers * lease.ranks
+        lease.done[message.reader] = Fraction(1, message.readers)
+        over = sum(lease.done.values()) >= lease.readers
         what = LeaseInput.LAST_READER_DONE if over else LeaseInput.READER_DONE
         if lease.step(what, reason):
             self._finish(lease, now)

@@ -164,12 +164,9 @@ class Agent:
     def belong_to(self, ranks: Sequence[KVLayout]) -> None:
         """Share the work of every pull with the other ranks of our instance (the layouts of all, ours among them), each
         of which pulls under the same tickets. Raises LocalProtocolError."""
-        planner = self._pulls.planner
-        if planner is None or planner.layout not in ranks or len({layout.rank for layout in ranks}) < len(ranks):
-            raise LocalProtocolError(
-                "an instance has ranks of different numbers, and this agent's layout is one of them"
-            )
-        planner.instance = tuple(ranks)
+        if self._pulls.planner is None:
+            raise LocalProtocolError("register memory first: a rank is known by its layout")
+        self._pulls.planner.join(ranks)
 
     def identify(self, model: str) -> None:
         """Name the model whose KV is exchanged; peers with another one are refused."""
@@ -252,7 +249,7 @@ class Agent:
             ticket.lease,
             ticket.epoch,
             ticket.capability,
-            dict(enumerate(blocks)),
+            {group: ids for group, ids in enumerate(blocks) if planner is None or planner.holds(group)},
             readers,
             self.config.lease_seconds if seconds is None else seconds,
             max(seconds or 0, self.config.lease_cap_seconds),
@@ -302,6 +299,7 @@ class Agent:
         ``blocks`` are destination ids (per group), for the ticket's blocks from ``skip_blocks`` on: all of them, or if
         ``partial`` as many as ids are given. With ``tokens``, a range (first, behind the last) per group, they are for
         these tokens instead, beginning with the block that holds the first: so the owner's block size may be another.
+        A range that ends with the ticket's tokens is read to the end of its last block.
         Raises LocalProtocolError for ids that do not fit."""
         planner = self._pulls.planner
         if planner is None:
@@ -311,7 +309,9 @@ class Agent:
         if self._read_only:
             raise LocalProtocolError(f"{self._read_only} is registered read-only memory: nothing can be pulled into it")
         source = ticket.arrays()
-        demands = planner.demand(source, block_groups(blocks), skip_blocks=skip_blocks, partial=partial, tokens=tokens)
+        demands = planner.demand(
+            source, block_groups(blocks), skip_blocks=skip_blocks, partial=partial, tokens=tokens, held=ticket.tokens
+        )
         deadline = self._clock() + (self.config.transfer_timeout_seconds if timeout is None else timeout)
         order = Order(ticket, ticket.terms(source), demands, by_layer, priority, self.config.audit, deadline)
         return self._pulls.start(order, on_end, on_part, self._handle)

@@ -25,6 +25,24 @@ def check_count(name: str, value: object) -> None:
         raise LocalProtocolError(f"{name} must be a whole number from 0 on, got {value!r}")
 
 
+def check_list(name: str, value: Any) -> Any:
+    """Raises LocalProtocolError unless it is a list of something."""
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
+        raise LocalProtocolError(f"{name} must be a list, got {value!r}")
+    return value
+
+
+def check_range(value: Any) -> tuple[int, int]:
+    """(first, behind the last) as Python's integers. Raises LocalProtocolError."""
+    bounds = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else []
+    whole = len(bounds) == 2 and all(isinstance(b, int | np.integer) and not isinstance(b, bool) for b in bounds)
+    if not whole or not 0 <= int(bounds[0]) <= int(bounds[1]) < 2**48:
+        raise LocalProtocolError(
+            f"a range of tokens is (first, behind the last), whole numbers from 0 on, got {value!r}"
+        )
+    return int(bounds[0]), int(bounds[1])
+
+
 def check_bytes(name: str, value: object) -> None:
     """Raises LocalProtocolError unless it is bytes."""
     if not isinstance(value, bytes):

@@ -16,6 +16,7 @@ from pd_connector.plan import CopyPlan, split_layers
 from pd_connector.protocol.messages import Endpoint
 from pd_connector.ranks import Duties, duties
 from pd_connector.reshard import Resharding
+from pd_connector.runtime.arguments import check_list, check_range
 
 Ids = npt.NDArray[np.uint32]
 
@@ -34,11 +35,14 @@ class Demand:
     last: int
     start: int
     in_tokens: bool
+    to_the_end: bool = True
+    """Whether these are the last tokens that the owner holds: nothing that matters lies behind them in their block."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """What is read from one rank of the owner. ``layers`` numbers the reader's layer of each part."""
+    """What is read from one rank of the owner. ``layers`` numbers the reader's layer of each part; all 0 where a part
+    is everything."""
 
     rank: int
     readers: int
@@ -59,8 +63,7 @@ class Planner:
     def __init__(self, grids: Sequence[GridRef], layout: KVLayout) -> None:
         self._grids = grids
         self.layout = layout
-        self.instance: tuple[KVLayout, ...] = (layout,)
-        """Layouts of all ranks of the instance that this one belongs to; they share the work."""
+        self._instance: tuple[KVLayout, ...] = (layout,)
         every = sorted({(ref.grid.group, ref.grid.layer) for ref in grids})
         self._numbers = {layer: index for index, layer in enumerate(every)}
         self._num_blocks: dict[int, int] = {}
@@ -71,9 +74,23 @@ class Planner:
 
     def num_blocks(self, group: int) -> int:
         """Raises LocalProtocolError for a group that is not registered."""
-        if group not in self._num_blocks:
+        if not 0 <= group < len(self.layout.groups):
             raise LocalProtocolError(f"KV cache group {group} is not registered here")
-        return self._num_blocks[group]
+        # A pipeline stage may hold no layer of a group; its blocks are then only numbers here.
+        return self._num_blocks.get(group, 2**32)
+
+    def holds(self, group: int) -> bool:
+        """Whether this rank has memory of a group."""
+        return group in self._num_blocks
+
+    def join(self, instance: Sequence[KVLayout]) -> None:
+        """Share the work with these ranks, ours among them. Raises LocalProtocolError."""
+        if self.layout not in instance or len({layout.rank for layout in instance}) < len(instance):
+            raise LocalProtocolError(
+                "an instance has ranks of different numbers, and this agent's layout is one of them"
+            )
+        self._instance = tuple(instance)
+        self._owners.clear()
 
     def demand(
         self,
@@ -83,27 +100,32 @@ class Planner:
         skip_blocks: int = 0,
         partial: bool = False,
         tokens: Sequence[tuple[int, int]] | None = None,
+        held: int = 0,
     ) -> list[Demand]:
         """``targets`` are for the sources from ``skip_blocks`` on: all of them, or if ``partial`` as many as there are
         targets. With ``tokens``, a range per group, they are for these tokens instead, and begin with the block that
-        holds the first. Raises LocalProtocolError for ids that cannot serve."""
+        holds the first; the owner holds ``held`` in all (0: it did not say). Raises LocalProtocolError for what cannot
+        serve."""
         if len(targets) != len(sources):
             raise LocalProtocolError(f"the ticket has {len(sources)} KV cache groups, {len(targets)} were given")
-        if tokens is not None and len(tokens) != len(sources):
+        ranges = None if tokens is None else [check_range(each) for each in check_list("tokens", tokens)]
+        if ranges is not None and len(ranges) != len(sources):
             raise LocalProtocolError(
-                f"the ticket has {len(sources)} KV cache groups, {len(tokens)} token ranges were given"
+                f"the ticket has {len(sources)} KV cache groups, {len(ranges)} token ranges were given"
             )
         out = []
         for group, (source, target) in enumerate(zip(sources, targets, strict=True)):
             self._check_target(group, target)
-            if tokens is not None:
-                first, last = tokens[group]
+            if ranges is not None:
+                first, last = ranges[group]
                 size = self.layout.groups[group].block_tokens
-                if not 0 <= first <= last or (first == last and len(target)):
+                stateful = size == 1
+                if (first == last and len(target)) or (held and last > held and not stateful):
                     raise LocalProtocolError(
                         f"tokens {first} to {last} of group {group} are not a range for these blocks"
                     )
-                out.append(Demand(source, target, first, last, first // size * size, True))
+                end = not held or last == held or stateful
+                out.append(Demand(source, target, first, last, first // size * size, True, end))
                 continue
             wanted = len(source) - skip_blocks
             if len(target) > wanted or (len(target) < wanted and not partial):
@@ -118,16 +140,25 @@ class Planner:
         if (ids[1:] == ids[:-1]).any():
             raise LocalProtocolError("a destination block is named twice in one transfer")
 
-    def legs(self, owners: Sequence[Endpoint], demands: Sequence[Demand], by_layer: bool) -> tuple[list[Leg], Duties]:
-        """What to read from which rank. Raises LayoutMismatch, and LocalProtocolError for ids that do not fit the
-        owner's block size."""
+    def legs(
+        self, owners: Sequence[Endpoint], demands: Sequence[Demand], by_layer: bool
+    ) -> tuple[list[Leg], dict[int, int]]:
+        """What to read from which rank; and the ranks whose lease this one ends without reading, with how many do.
+
+        Raises LayoutMismatch, and LocalProtocolError for ids that do not fit the owner's block size."""
         owner = self._owner(owners)
         out = []
+        unread = {rank: owner.duties.readers[rank] for rank in owner.duties.idle}
         for rank, resharding in owner.reshardings.items():
             plans = [plan for group, demand in enumerate(demands) for plan in self._plans(resharding, group, demand)]
+            plans = [plan for plan in plans if plan.num_blocks and plan.patterns]
+            if not plans:
+                unread[rank] = owner.duties.readers[rank]
+                continue
             parts = split_layers(plans, self._grids) if by_layer else [tuple(plans)]
-            out.append(Leg(rank, owner.duties.readers[rank], tuple(parts or [()]), self._layers(parts)))
-        return out, owner.duties
+            layers = self._layers(parts) if by_layer else (0,)
+            out.append(Leg(rank, owner.duties.readers[rank], tuple(parts), layers))
+        return out, unread
 
     def _plans(self, resharding: Resharding, group: int, demand: Demand) -> list[CopyPlan]:
         first, last, start = demand.first, demand.last, demand.start
@@ -136,23 +167,21 @@ class Planner:
             if size != theirs:
                 raise LocalProtocolError(f"blocks of group {group}: {size} tokens here, {theirs} there: name tokens")
             first, last, start = first * size, last * size, start * size
-        if first < last:
+        if first < last and demand.to_the_end:
             # The rest of the last block is nobody's on either side, and whole blocks are read in fewer pieces.
             last = min(-(-last // size) * size, -(-last // theirs) * theirs)
         return resharding.plan(group, demand.source, demand.target, first, last, 0, start)
 
     def _layers(self, parts: Sequence[Sequence[CopyPlan]]) -> tuple[int, ...]:
-        grids = [
-            self._grids[part[0].patterns[0].dst_grid].grid if part and part[0].patterns else None for part in parts
-        ]
-        return tuple(0 if grid is None else self._numbers[grid.group, grid.layer] for grid in grids)
+        grids = [self._grids[part[0].patterns[0].dst_grid].grid for part in parts]
+        return tuple(self._numbers[grid.group, grid.layer] for grid in grids)
 
     def _owner(self, owners: Sequence[Endpoint]) -> _Owner:
         key = tuple(endpoint.incarnation for endpoint in owners)
         known = self._owners.get(key)
         if known is None or known.ranks != tuple(owners):  # nobody may leave a plan under another one's name
             layouts = {endpoint.rank: endpoint.layout for endpoint in owners}
-            work = duties(self.layout.rank, self.instance, list(layouts.values()))
+            work = duties(self.layout.rank, self._instance, list(layouts.values()))
             made = {rank: Resharding(self.layout, layouts[rank], share) for rank, share in work.shares.items()}
             known = self._owners[key] = _Owner(tuple(owners), work, made)
             if len(self._owners) > _MAX_OWNERS:

@@ -7,17 +7,20 @@ lease was held. When one fails, the others are ended, and the pull ends when the
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from pd_connector.errors import LayoutMismatch, LocalProtocolError, PDError
+from pd_connector.errors import LayoutMismatch, LocalProtocolError, PDError, TransferFailed
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.messages import Endpoint
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.planner import Demand, Leg, Planner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +110,19 @@ class Pulls:
             return
         try:
             assert self.planner is not None, "memory is registered before anything is pulled"
-            legs, duties = self.planner.legs(note.ranks, pull.order.demands, pull.order.by_layer)
+            legs, unread = self.planner.legs(note.ranks, pull.order.demands, pull.order.by_layer)
         except (LayoutMismatch, LocalProtocolError) as error:
             self._fail(pull, error)
             return
+        except Exception as error:  # whatever a peer says of itself, whoever waits must be told
+            logger.exception("no plan for %r", pull.order.ticket)
+            self._fail(
+                pull, TransferFailed(f"{pull.order.ticket!r} cannot be planned: {type(error).__name__}: {error}")
+            )
+            return
         addresses = {endpoint.rank: endpoint for endpoint in note.ranks}
-        for rank in duties.idle:
-            self._forgo(pull.order.ticket, addresses[rank], duties.readers[rank])
+        for rank, readers in unread.items():
+            self._forgo(pull.order.ticket, addresses[rank], readers)
         if not legs:  # of what this rank holds nothing was asked for
             self._finish(pull)
         pull.waiting.update(itertools.chain(*(leg.layers for leg in legs)))
@@ -136,7 +145,7 @@ class Pulls:
 
     def confirmed(self, note: ev.PartConfirmed) -> None:
         pull = self._transfers[note.transfer]
-        layer = pull.legs[note.transfer].layers[note.part] if pull.legs[note.transfer].layers else 0
+        layer = pull.legs[note.transfer].layers[note.part]
         pull.waiting[layer] -= 1
         if not pull.waiting[layer] and pull.outcome == "done" and pull.on_part is not None:
             pull.on_part(layer)

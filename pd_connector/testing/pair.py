@@ -40,6 +40,8 @@ IMPOSSIBLE_PLANS = (
     CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(0, 1, 1),)),)),
     CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(2**40, 2**40, 0),)),)),
     CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(2**60, 0, 0),) * 2),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(2**33, 0, 0),)),)),
+    CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 8, (Dim(3, 8, 4),)),)),
     CopyPlan(coalesce([0], [0]), (Pattern(0, 0, 0, 0, 1, (Dim(1, 1, 1),) * 4),)),
     CopyPlan(np.array([[0, 0, 2]], np.uint32), (Pattern(0, 0, 0, 0, 1),), 1, 48),
     CopyPlan(np.array([[0, 0, 3]], np.uint32), (Pattern(0, 0, 0, 0, 1),), 2**31, 1),

@@ -170,6 +170,7 @@ def _impossible(pattern: Pattern) -> bool:
         len(counts) > MAX_DIMS
         or min(sizes) < 0
         or min(counts, default=1) < 1
+        or pattern.num_bytes > pattern.dst_span  # more would be written over
         or max(pattern.src_grid, pattern.src_offset, pattern.src_span, pattern.num_bytes) >= 2**48
     )
 

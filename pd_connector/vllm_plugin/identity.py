@@ -120,7 +120,8 @@ def _heads(vllm_config: Any, spec: Any, tensor_parallel: int, rank: int) -> tupl
     shards = getattr(spec, "max_tp_shards", None) or (model if here == 1 else tensor_parallel)
     total = here * min(int(shards), tensor_parallel)
     first, heads = heads_of_rank(total, tensor_parallel, rank)
-    assert heads == here, f"{here} KV heads on each of {tensor_parallel} ranks, the model has {total}"
+    if heads != here:
+        raise ConfigError(f"{here} KV heads on each of {tensor_parallel} ranks, the model has {total}: not supported")
     return total, first, heads
 
 

@@ -140,6 +140,8 @@ class PDScheduler:
             return "key_mismatches", "the ticket is for other tokens, another LoRA, cache_salt or media"
         if self._shortens and ticket.tokens >= request.num_prompt_tokens:
             return "tickets_unusable", "its windows and states are those after the last token, which is computed here"
+        if self._strict and ticket.tokens < request.num_prompt_tokens - 1:
+            return "tickets_unusable", f"the ticket covers {ticket.tokens} of {request.num_prompt_tokens} tokens"
         if len(ticket.blocks) != len(self.groups):
             return (
                 "tickets_unusable",

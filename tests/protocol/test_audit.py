@@ -156,6 +156,8 @@ def read_of(*blocks: int, place: Any = (0, 0, 64, ())) -> m.AuditPlan:
         (m.Audit((read_of(1, place=(0, 0, 8, ((2, 57),))),), b"x" * 8), "do not lie in a block"),
         (m.Audit((read_of(1, place=(0, 0, 8, ((2**50, 0),))),), b"x" * 8), "do not lie in a block"),
         (m.Audit((read_of(1),), b"x" * 7), "number of digests"),
+        (m.Audit((read_of(*[1] * 9),), b"x" * 72), "more bytes than are leased"),
+        (m.Audit((read_of(1),) * 9, b"x" * 72), "more bytes than are leased"),
         (m.Audit((read_of(1), read_of(2)), b"x" * 8), "number of digests"),
         (m.Audit((read_of(4, 5),), b"x" * 16), "not leased"),
         (m.Audit((read_of(1), read_of(2**32 - 1)), b"x" * 16), "not leased"),

@@ -12,7 +12,19 @@ import msgspec
 import numpy as np
 import pytest
 
-from pd_connector import Agent, Config, LayoutMismatch, LocalProtocolError, Ticket, TransferFailed
+from pd_connector import (
+    Agent,
+    Config,
+    Form,
+    GroupLayout,
+    KVLayout,
+    LayoutMismatch,
+    LocalProtocolError,
+    Part,
+    Ticket,
+    TransferFailed,
+    heads_of_rank,
+)
 from pd_connector.memory import BlockGrid, Region
 from pd_connector.testing.instances import Rank, Shape, Style, instance, logical, write
 
@@ -240,3 +252,168 @@ async def test_a_layout_must_be_that_of_the_memory() -> None:
         with pytest.raises(LocalProtocolError, match="describes 2 grids of 1 groups"):
             agent.register(regions(rank), msgspec.structs.replace(rank.layout, groups=(fewer,)))
         agent.register(regions(rank), rank.layout)
+
+
+# --- what a stranger found --------------------------------------------------------------------------------------------
+
+
+def two_groups(rank: int, ranks: int, layers: tuple[str, ...] = ("a", "b")) -> KVLayout:
+    """A latent, and a group whose heads are divided; 8 bytes per token and head."""
+    first, heads = heads_of_rank(2, ranks, rank)
+    part = Part(name="x", unit_bytes=8, token_stride=8, head_stride=8 * 16)
+    latent = GroupLayout(
+        kind="latent", block_tokens=16, dtype="u8", layers=("latent",), form_of=(0,),
+        forms=(Form(block_bytes=(128,), parts=(part,)),),
+    )  # fmt: skip
+    split = GroupLayout(
+        kind="full", block_tokens=16, heads=heads, first_head=first, total_heads=2, dtype="u8", layers=layers,
+        forms=(Form(block_bytes=(128 * heads,), parts=(part,)),), form_of=(0,) * len(layers),
+    )  # fmt: skip
+    return KVLayout(rank=rank, ranks=ranks, groups=(latent, split))
+
+
+def memory_of(layout: KVLayout, fill: int) -> tuple[list[Region], list[np.ndarray]]:
+    arrays, out = [], []
+    for group, one in enumerate(layout.groups):
+        for size in one.grid_bytes:
+            array = np.full((8, size), fill + len(arrays), np.uint8)
+            arrays.append(array)
+            grid = BlockGrid(group, len(arrays) - 1, 0, size, size, 8)
+            out.append(Region(array.ctypes.data, array.nbytes, (grid,), keepalive=array))
+    return out, arrays
+
+
+@contextlib.asynccontextmanager
+async def grouped(p: list[KVLayout], d: KVLayout) -> AsyncIterator[tuple[list[Agent], Agent, Agent, list[np.ndarray]]]:
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        owners = [await enter(Agent(config(), name=f"P/{layout.rank}", limits=QUICK)) for layout in p]
+        for agent, layout in zip(owners, p, strict=True):
+            agent.register(memory_of(layout, 10 + layout.rank)[0], layout)
+        speaker = await enter(Agent(Config(), name="P", limits=QUICK))
+        speaker.speak_for([agent.endpoint(layout.rank) for agent, layout in zip(owners, p, strict=True)])
+        reader = await enter(Agent(config(), name="D", limits=QUICK))
+        mine, arrays = memory_of(d, 200)
+        reader.register(mine, d)
+        yield owners, speaker, reader, arrays
+
+
+async def test_groups_of_which_nothing_is_asked_announce_nothing() -> None:
+    """The latent comes from one rank; the other rank, of which nothing is wanted, must not speak for it."""
+    async with grouped([two_groups(0, 2), two_groups(1, 2)], two_groups(0, 1)) as (owners, speaker, reader, arrays):
+        ticket = speaker.lease([[1, 2], [3]], tokens=32)
+        for owner in owners:
+            owner.grant(ticket)
+        ends = [asyncio.ensure_future(owner.lease_ended(ticket)) for owner in owners]
+        seen = []
+        async for layer in reader.pull_layers(ticket, [[5, 6], []], tokens=[(0, 32), (0, 0)]):
+            assert (arrays[0][[5, 6]] == 10).all()
+            seen.append(layer)
+        assert seen == [0]
+        await asyncio.wait_for(asyncio.gather(*ends), 5)
+        await quiet(reader, *owners)
+
+
+async def test_groups_are_not_mixed_up() -> None:
+    async with grouped([two_groups(0, 2), two_groups(1, 2)], two_groups(0, 1)) as (owners, speaker, reader, arrays):
+        ticket = speaker.lease([[1, 2], [3, 4]], tokens=32)
+        for owner in owners:
+            owner.grant(ticket)
+        await reader.pull(ticket, [[5, 6], [7, 0]], tokens=[(0, 32), (0, 32)])
+        assert (arrays[0][[5, 6]] == 10).all()
+        for layer in (1, 2):
+            assert (arrays[layer][[7, 0], :128] == 10 + layer).all()
+            assert (arrays[layer][[7, 0], 128:] == 11 + layer).all()
+            assert (arrays[layer][1:7] == 200 + layer).all()
+
+
+async def test_a_stage_without_layers_of_a_group() -> None:
+    stages = [two_groups(0, 1), two_groups(0, 1, layers=())]
+    owner_stages = [KVLayout(rank=n, ranks=2, groups=layout.groups) for n, layout in enumerate(stages)]
+    owner_stages[1] = KVLayout(rank=1, ranks=2, groups=(no_latent(owner_stages[1]), owner_stages[1].groups[1]))
+    async with grouped(owner_stages[:1], KVLayout(groups=owner_stages[0].groups)) as (owners, _, reader, arrays):
+        await reader.pull(owners[0].lease([[1], [2]], tokens=16), [[3], [4]], tokens=[(0, 16), (0, 16)])
+        assert (arrays[0][3] == 10).all()
+    async with Agent(config()) as bare:
+        regions, _ = memory_of(two_groups(0, 1, layers=()), 0)
+        bare.register(regions, two_groups(0, 1, layers=()))
+        ticket = bare.lease([[1], [700]], tokens=16)  # ids of a group that lies elsewhere are only numbers here
+        bare.end(ticket.lease, "done")
+
+
+def no_latent(layout: KVLayout) -> GroupLayout:
+    return msgspec.structs.replace(layout.groups[0], layers=(), form_of=())
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["another number", "swapped"])
+async def test_a_directory_that_lies_about_its_ranks_ends_the_pull(swap: bool) -> None:
+    async with unlike((HEADS, 2, 1), (HEADS, 1, 1)) as (owner, reader, _):
+        first, second = (agent.endpoint(n) for n, agent in enumerate(owner.agents))
+        replace = msgspec.structs.replace
+        lies = [replace(first, rank=1), replace(second, rank=0)] if swap else [replace(first, rank=7), second]
+        owner.speaker.speak_for(lies)
+        with pytest.raises(TransferFailed, match="with the layouts of others"):
+            await asyncio.wait_for(pull_all(reader, owner.lease([1, 2, 3, 4, 5])), 10)
+        await quiet(*reader.agents)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [(0.0, 70.0)],
+        [(0, float("inf"))],
+        [(0, None)],
+        [(0,)],
+        5,
+        "ab",
+        [(True, 70)],
+        [(-1, 5)],
+        [(0, 2**70)],
+        [(0, 71)],
+    ],
+)
+async def test_ranges_that_are_none_are_refused_at_once(tokens: Any) -> None:
+    async with unlike((HEADS, 1, 1), (HEADS, 1, 1)) as (owner, reader, _):
+        (agent,) = reader.agents
+        with pytest.raises(LocalProtocolError):
+            await asyncio.wait_for(agent.pull(owner.lease([1, 2, 3, 4, 5]), [5, 4, 3, 2, 1], tokens=tokens), 5)
+        assert not agent.core.reader.meetings
+
+
+async def test_a_range_in_the_middle_writes_nothing_behind_it() -> None:
+    async with unlike((HEADS, 1, 1), (HEADS, 1, 1)) as (owner, reader, kv):
+        (agent,), (rank,) = reader.agents, reader.ranks
+        for array in rank.grids:
+            array[:] = 7
+        await agent.pull(owner.lease([1, 2, 3, 4, 5]), [3], tokens=[(np.uint8(16), np.uint32(24))])
+        for layer, views in rank.views.items():
+            for content, view in enumerate(views):
+                assert np.array_equal(view[3, :, :8], kv[int(layer.split(".")[1]), content, :, 16:24])
+                assert (view[3, :, 8:] == 7).all()
+
+
+async def test_joining_an_instance_later_counts_from_then_on() -> None:
+    async with unlike((HEADS, 1, 1), (HEADS, 2, 1)) as (owner, reader, kv):
+        layouts = [rank.layout for rank in reader.ranks]
+        first = reader.agents[0]
+        first.belong_to(layouts[:1])
+        await first.pull(owner.lease([1, 2, 3, 4, 5]), blocks(HEADS), tokens=[(0, TOKENS)])
+        first.belong_to(layouts)
+        await pull_all(reader, owner.lease([1, 2, 3, 4, 5]))
+        expected(reader, kv)
+
+
+async def test_instances_of_different_sizes_under_one_lease() -> None:
+    async with (
+        unlike((HEADS, 1, 1), (HEADS, 2, 1)) as (owner, two, kv),
+        started("E", SHAPE, HEADS, 1) as one,
+    ):
+        ticket = owner.speaker.lease([1, 2, 3, 4, 5], tokens=TOKENS)
+        owner.agents[0].grant(ticket, readers=2)
+        (end,) = owner.ends(ticket)
+        await pull_all(two, ticket)
+        assert not end.done()
+        await pull_all(one, ticket)
+        assert await asyncio.wait_for(end, 5) == "every reader has its blocks"
+        expected(one, kv)
+        expected(two, kv)

@@ -134,7 +134,10 @@ def test_the_fingerprint_is_of_meaning_not_of_rank() -> None:
         {"forms": [{"block_bytes": [512], "parts": [msgspec.to_builtins(PART) | {"unit_tokens": 5}]}]},
         {"forms": [{"block_bytes": [512], "parts": [msgspec.to_builtins(PART) | {"offset": 1}]}]},
         {"forms": [{"block_bytes": [512], "parts": [msgspec.to_builtins(PART) | {"chunks": 2, "chunk_stride": 2}]}]},
-        {"forms": [{"block_bytes": [512] * 65, "parts": []}]},
+        {"forms": [{"block_bytes": [512] * 65, "parts": msgspec.to_builtins(FORM.parts)}]},
+        {"forms": [{"block_bytes": [512], "parts": []}]},
+        {"forms": [{"block_bytes": [512], "parts": msgspec.to_builtins(FORM.parts) * 2}]},
+        {"layers": ["l0", "l0"]},
     ],
 )  # fmt: skip
 def test_a_layout_from_the_wire_is_bounded(bad: dict[str, object]) -> None:
@@ -149,6 +152,15 @@ def test_heads_are_divided_as_engines_do() -> None:
     assert [heads_of_rank(2, 4, rank) for rank in range(4)] == [(0, 1), (0, 1), (1, 1), (1, 1)]
     with pytest.raises(LayoutMismatch, match="8 KV heads cannot be divided among 3 ranks"):
         heads_of_rank(8, 3, 0)
+    for wrong in ((0, 0, 0), (0, 1, 0), (4, 2, 2), (4, 2, -1)):
+        with pytest.raises(LayoutMismatch):
+            heads_of_rank(*wrong)
+
+
+@pytest.mark.parametrize("fields", [{"offset": 1.5}, {"token_stride": -8}, {"unit_tokens": 0}, {"chunks": 0}])
+def test_a_layout_made_here_is_checked_too(fields: dict[str, object]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        packed(**fields)
 
 
 def test_parts_of_a_strided_block() -> None:

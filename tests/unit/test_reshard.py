@@ -8,6 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -339,3 +340,47 @@ def test_the_size_of_a_plan_is_that_of_its_runs() -> None:
     assert 7900 < sum(len(plan.runs) for plan in far) <= 8000
     assert [a.patterns for a in near] == [b.patterns for b in far]
     assert all(a.patterns is b.patterns for a, b in zip(near, far, strict=True))
+
+
+def of(rank: int, *groups: tuple[tuple[str, ...], int, int]) -> KVLayout:
+    """A rank of 4 heads in all: per group its layers, first head and heads."""
+    part = Part(name="kv", unit_bytes=2, token_stride=2, head_stride=32)
+    return KVLayout(
+        rank=rank,
+        groups=tuple(
+            GroupLayout(
+                kind="full", block_tokens=16, heads=heads, first_head=first, total_heads=4, dtype="u8", layers=layers,
+                forms=(Form(block_bytes=(32 * heads,), parts=(part,)),), form_of=(0,) * len(layers),
+            )
+            for layers, first, heads in groups
+        ),
+    )  # fmt: skip
+
+
+def test_layers_that_are_held_in_parts_that_overlap_are_refused() -> None:
+    owners = [of(0, (("x",), 0, 3)), of(1, (("x", "y"), 1, 3)), of(2, (("y",), 0, 1))]
+    with pytest.raises(LayoutMismatch, match="in parts that overlap those of other layers"):
+        shares(of(0, (("x", "y"), 0, 4)), owners)
+
+
+def test_patterns_of_groups_are_told_apart() -> None:
+    ours, theirs = of(0, (("a",), 0, 4), (("b", "c"), 0, 4)), of(0, (("a",), 0, 4), (("b", "c"), 0, 4))
+    resharding = Resharding(ours, theirs, ((0, 4), (0, 4)))
+    grids = [[p.dst_grid for p in resharding.plan(group, [1], [1], 0, 16)[0].patterns] for group in (0, 1)]
+    assert grids == [[0], [1, 2]]
+
+
+def test_every_unsupported_division_raises() -> None:
+    """Without the help of heads_of_rank: by what the ranks themselves say."""
+    whole = of(0, (("a",), 0, 4))
+    for parts in ([(0, 2)], [(0, 1), (2, 2)], [(1, 3)], [(0, 3)]):
+        owners = [of(n, (("a",), first, heads)) for n, (first, heads) in enumerate(parts)]
+        with pytest.raises(LayoutMismatch, match=r"nothing of . of 4 KV heads"):
+            duties(0, [whole], owners)
+
+
+def test_stages_that_share_no_layer_of_a_group_do_not_disagree_about_it() -> None:
+    one, other = of(0, (("a",), 0, 4), (("b",), 0, 4)), of(1, (("a",), 0, 4), (("c",), 0, 4))
+    form = Form(block_bytes=(999,), parts=(Part(name="v", unit_bytes=3, token_stride=3),))
+    odd = msgspec.structs.replace(other.groups[1], forms=(form,))
+    assert one.diff(msgspec.structs.replace(other, groups=(other.groups[0], odd))) == []
