@@ -384,3 +384,14 @@ def test_stages_that_share_no_layer_of_a_group_do_not_disagree_about_it() -> Non
     form = Form(block_bytes=(999,), parts=(Part(name="v", unit_bytes=3, token_stride=3),))
     odd = msgspec.structs.replace(other.groups[1], forms=(form,))
     assert one.diff(msgspec.structs.replace(other, groups=(other.groups[0], odd))) == []
+
+
+def test_ranks_that_overlap_in_the_same_way_in_every_layer_are_read_once() -> None:
+    owners = [of(0, (("a", "b"), 0, 3)), of(1, (("a", "b"), 1, 3))]
+    assert shares(of(0, (("a", "b"), 0, 4)), owners) == {0: ((0, 3),), 1: ((3, 1),)}
+
+
+def test_units_are_not_cut_at_their_beginning_either() -> None:
+    resharding = Resharding(packed(128, 2, 0, 2), packed(32, 2, 0, 2), ((0, 2),))
+    with pytest.raises(LocalProtocolError, match="packed by 16 tokens"):
+        resharding.plan(0, [1, 2], [1], 8, 24)
