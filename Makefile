@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast native-test fuzz guided-fuzz aarch64-test leak-test lint sim clean
+.PHONY: help venv demo test test-fast native-test fuzz guided-fuzz aarch64-test leak-test unlike-test lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -21,11 +21,11 @@ venv: ## make or update the virtual environment; uses an importable vllm, else i
 demo: venv ## real vLLM: prefill in one process, decode in another, proof in a table (ARGS="--json", "--keep")
 	@$(BIN)/pdc demo $(ARGS)
 
-test: venv ## all tests, real vLLM included (ARGS="-k name")
-	@$(BIN)/python -m pytest --durations=15 $(ARGS)
+test: venv ## the tests, real vLLM included (ARGS="-k name"); make unlike-test has four minutes more
+	@$(BIN)/python -m pytest --durations=15 -m "not slow" $(ARGS)
 
 test-fast: venv ## the tests that need no real vLLM
-	@$(BIN)/python -m pytest --durations=15 -m "not vllm" $(ARGS)
+	@$(BIN)/python -m pytest --durations=15 -m "not vllm and not slow" $(ARGS)
 
 native-test: ## the C code without Python under the address, undefined-behaviour and thread sanitizers
 	@mkdir -p build
@@ -57,6 +57,9 @@ aarch64-test: ## the C code built for aarch64 and run under qemu-user (Debian: g
 
 leak-test: venv ## owners killed before, while and after they are read from: nothing stays behind (CYCLES=n, default 1000)
 	@CYCLES=$(or $(CYCLES),1000) $(BIN)/python -m pytest -s tests/conformance/test_leaks.py
+
+unlike-test: venv ## real vLLM of unlike sizes and other kinds of models, which make test leaves out (4 minutes)
+	@$(BIN)/python -m pytest --durations=15 -m slow $(ARGS)
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test
 	$(BIN)/python -m ruff check .

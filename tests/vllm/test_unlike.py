@@ -62,6 +62,7 @@ def hand_over(p: Instance, d: Instance, length: int, ranks: int = 1, seed: int =
     return True
 
 
+@pytest.mark.slow
 def test_two_ranks_and_one(servers: Cluster, model: Path, tmp_path: Path) -> None:
     """Heads are gathered from two ranks, and divided among two."""
     servers.stop()  # two cores do not carry more
@@ -83,6 +84,7 @@ def test_small_blocks_and_large_ones(servers: Cluster, model: Path, tmp_path: Pa
             assert hand_over(large, small, length, seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3", "deepseek", "qwen3-next"])
 def test_models_of_other_kinds(servers: Cluster, model: Path, tmp_path: Path, kind: str) -> None:
     """Sliding windows, a latent, and states beside attention."""
