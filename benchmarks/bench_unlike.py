@@ -20,8 +20,8 @@ import machine
 import numpy as np
 
 from pd_connector import Agent, Config
-from pd_connector.memory import BlockGrid, Region, copier
-from pd_connector.testing.instances import Rank, Shape, Style, instance, logical, write
+from pd_connector.memory import copier
+from pd_connector.testing.instances import Shape, Style, instance, logical, write
 
 SHAPE = Shape(heads=4, layers=28, channels=256)
 HEADS, TOKENS = ("head-major", "head"), ("token-major", "inner")
@@ -35,19 +35,6 @@ CASES: dict[str, tuple[tuple[Style, int], tuple[Style, int]]] = {
     "tokens before heads to heads before tokens": ((Style(*TOKENS, 128), 1), (Style(*HEADS, 128), 1)),
 }
 """Of owner and reader: how blocks are arranged, and the tensor-parallel size."""
-
-
-def regions(rank: Rank) -> list[Region]:
-    per_layer = len(rank.grids) // len(rank.views)
-    return [
-        Region(
-            grid.ctypes.data,
-            grid.nbytes,
-            (BlockGrid(0, index // per_layer, 0, grid.shape[1], grid.shape[1], grid.shape[0]),),
-            keepalive=grid,
-        )
-        for index, grid in enumerate(rank.grids)
-    ]
 
 
 class Case:
@@ -72,13 +59,13 @@ class Case:
         config = Config(transport=(transport,))
         self._agents = [await stack.enter_async_context(Agent(config)) for _ in self._owners]
         for agent, rank in zip(self._agents, self._owners, strict=True):
-            agent.register(regions(rank), rank.layout)
+            agent.register(rank.regions(), rank.layout)
         self._speaker = await stack.enter_async_context(Agent(Config()))
         self._speaker.speak_for(
             [agent.endpoint(rank.layout.rank) for agent, rank in zip(self._agents, self._owners, strict=True)]
         )
         self._puller = await stack.enter_async_context(Agent(config))
-        self._puller.register(regions(self._reader), self._reader.layout)
+        self._puller.register(self._reader.regions(), self._reader.layout)
         self._puller.belong_to(self._readers)
 
     async def read(self) -> None:

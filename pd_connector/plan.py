@@ -61,11 +61,11 @@ class Pattern:
     @property
     def src_span(self) -> int:
         """Bytes from the first to behind the last one that is read of a block."""
-        return self.place(0).span
+        return self.run_bytes + sum((dim.times - 1) * dim.src_stride for dim in self.dims)
 
     @property
     def dst_span(self) -> int:
-        return self.place(1).span
+        return self.run_bytes + sum((dim.times - 1) * dim.dst_stride for dim in self.dims)
 
 
 class Place(NamedTuple):

@@ -119,7 +119,7 @@ class Planner:
             if ranges is not None:
                 first, last = ranges[group]
                 size = self.layout.groups[group].block_tokens
-                stateful = size == 1
+                stateful = size == 1  # then the range counts blocks, not the ticket's tokens
                 if (first == last and len(target)) or (held and last > held and not stateful):
                     raise LocalProtocolError(
                         f"tokens {first} to {last} of group {group} are not a range for these blocks"

@@ -52,7 +52,6 @@ class _Pull:
     met_at: float = 0.0
     outcome: str = "done"
     error: PDError | None = None
-    over: bool = False
 
 
 class Pulls:
@@ -86,7 +85,7 @@ class Pulls:
             del self._pulls[number]
             raise
         pull.starting = False
-        if pull.over and isinstance(pull.error, LocalProtocolError):
+        if number not in self._pulls and isinstance(pull.error, LocalProtocolError):
             raise pull.error
         return number
 
@@ -180,7 +179,6 @@ class Pulls:
 
     def _finish(self, pull: _Pull) -> None:
         del self._pulls[pull.number]
-        pull.over = True
         if pull.starting and isinstance(pull.error, LocalProtocolError):
             return  # whoever starts it is told by raising
         done = pull.outcome == "done"

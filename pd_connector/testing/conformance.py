@@ -101,19 +101,11 @@ class TransportConformance(Endings):
 
     # Bytes
 
-    def test_random_plans_are_byte_exact(self, mixed: Pair) -> None:
-        rng = random.Random(SEED)
-        for _ in range(60):
-            plan = random_plan(rng, mixed)
-            expected = mixed.target.expect(plan, mixed.source, mixed.target.arrays)
-            completion = mixed.wait(mixed.read(plan))
-            assert completion.status is Status.DONE, completion
-            assert mixed.target.same(expected), f"wrong bytes for {plan}"
-
-    def test_strided_plans_are_byte_exact(self, mixed: Pair) -> None:
+    @pytest.mark.parametrize("make_plan", [random_plan, strided_plan])
+    def test_plans_are_byte_exact(self, mixed: Pair, make_plan: Callable[[random.Random, Pair], CopyPlan]) -> None:
         rng = random.Random(SEED)
         for _ in range(80):
-            plan = strided_plan(rng, mixed)
+            plan = make_plan(rng, mixed)
             expected = mixed.target.expect(plan, mixed.source, mixed.target.arrays)
             completion = mixed.wait(mixed.read(plan))
             assert completion.status is Status.DONE, completion

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pd_connector.layout import Form, GroupLayout, KVLayout, Part, heads_of_rank, strided_parts
+from pd_connector.memory import BlockGrid, Region
 from pd_connector.plan import CopyPlan, Dim
 
 Bytes = npt.NDArray[np.uint8]
@@ -49,6 +50,19 @@ class Rank:
     grids: list[Bytes] = field(default_factory=list)
     views: dict[str, list[Bytes]] = field(default_factory=dict)
     """Per layer: (kv, block, head, token, channel) views, one per "kv" content."""
+
+    def regions(self) -> list[Region]:
+        """One per grid, as different allocations would be."""
+        per_layer = len(self.grids) // len(self.views)
+        return [
+            Region(
+                grid.ctypes.data,
+                grid.nbytes,
+                (BlockGrid(0, index // per_layer, 0, grid.shape[1], grid.shape[1], grid.shape[0]),),
+                keepalive=grid,
+            )
+            for index, grid in enumerate(self.grids)
+        ]
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,9 @@ def _packed(tensor: Any, content: Content) -> tuple[Part, ...]:
                 head_stride=each, packing=content.packing,
             ),
         )  # fmt: skip
-    name = "latent" if content.latent else "kv"
     return (
         Part(
-            name=name, unit_tokens=tokens, unit_bytes=whole, token_stride=whole, head_stride=whole,
+            name="kv", unit_tokens=tokens, unit_bytes=whole, token_stride=whole, head_stride=whole,
             packing=content.packing,
         ),
     )  # fmt: skip

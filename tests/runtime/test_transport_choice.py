@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,17 +23,23 @@ def reader(*transports: str, rule: Rule = REFUSES) -> Agent:
     return Agent(Config(transport=transports, transport_options=options), name="D")
 
 
+async def read_over_zmq(p: Agent, d: Agent, source: Any, target: Any) -> dict[str, str]:
+    """The first pull goes over zmq and is right; why the others were not taken."""
+    p.register(list(source))
+    d.register(list(target))
+    stats = await d.pull(p.lease([0, 1, 2]), [5, 6, 7])
+    assert stats.transport == "zmq"
+    assert (target[:, 5:] == source[:, :3]).all()
+    (reasons,) = d.transport_reasons().values()
+    return reasons
+
+
 async def test_the_next_best_is_tried_and_the_reason_kept(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "pd_connector")
     source = np.random.default_rng(3).integers(1, 255, (2, BLOCKS, BYTES), np.uint8)
     target = np.zeros_like(source)
     async with Agent(Config(transport=("inproc", "zmq")), name="P") as p, reader("faulty", "zmq") as d:
-        p.register(list(source))
-        d.register(list(target))
-        stats = await d.pull(p.lease([0, 1, 2]), [5, 6, 7])
-        assert stats.transport == "zmq"
-        assert (target[:, 5:] == source[:, :3]).all()
-        (reasons,) = d.transport_reasons().values()
+        reasons = await read_over_zmq(p, d, source, target)
         assert reasons["inproc"].startswith("peer_lost")
         await d.pull(p.lease([3]), [0])  # the choice holds
         assert (target[:, 0] == source[:, 3]).all()
@@ -45,12 +52,7 @@ async def test_one_that_never_answers_is_given_up_in_time_for_the_next() -> None
     source = np.random.default_rng(3).integers(1, 255, (2, BLOCKS, BYTES), np.uint8)
     target = np.zeros_like(source)
     async with Agent(Config(transport=("inproc", "zmq")), name="P") as p, reader("faulty", "zmq", rule=SILENT) as d:
-        p.register(list(source))
-        d.register(list(target))
-        stats = await d.pull(p.lease([0, 1, 2]), [5, 6, 7])
-        assert stats.transport == "zmq"
-        assert (target[:, 5:] == source[:, :3]).all()
-        (reasons,) = d.transport_reasons().values()
+        reasons = await read_over_zmq(p, d, source, target)
         assert reasons == {"inproc": "no connection within 2 s"}
         assert d._courier is not None
         assert not d._courier._transports["inproc"]._jobs, "the attempt was not ended"  # type: ignore[attr-defined]

@@ -38,20 +38,6 @@ def config(**more: Any) -> Config:
     return Config(transport=("shm", "zmq"), audit=True, **more)
 
 
-def regions(rank: Rank) -> list[Region]:
-    """One per layer, as different allocations would be."""
-    per_layer = len(rank.grids) // len(rank.views)
-    return [
-        Region(
-            grid.ctypes.data,
-            grid.nbytes,
-            (BlockGrid(0, index // per_layer, 0, grid.shape[1], grid.shape[1], grid.shape[0]),),
-            keepalive=grid,
-        )
-        for index, grid in enumerate(rank.grids)
-    ]
-
-
 @dataclass
 class Instance:
     ranks: list[Rank]
@@ -78,7 +64,7 @@ async def started(name: str, shape: Shape, style: Style, tp: int, pp: int = 1) -
         for rank in ranks:
             agent = Agent(config(), name=f"{name}/{rank.layout.rank}", limits=QUICK)
             agents.append(await stack.enter_async_context(agent))
-            agent.register(regions(rank), rank.layout)
+            agent.register(rank.regions(), rank.layout)
             agent.belong_to([each.layout for each in ranks])
         speaker = await stack.enter_async_context(Agent(Config(), name=name, limits=QUICK))
         speaker.speak_for([agent.endpoint(rank.layout.rank) for agent, rank in zip(agents, ranks, strict=True)])
@@ -250,8 +236,8 @@ async def test_a_layout_must_be_that_of_the_memory() -> None:
     fewer = msgspec.structs.replace(group, layers=group.layers[:2], form_of=group.form_of[:2])
     async with Agent(config()) as agent:
         with pytest.raises(LocalProtocolError, match="describes 2 grids of 1 groups"):
-            agent.register(regions(rank), msgspec.structs.replace(rank.layout, groups=(fewer,)))
-        agent.register(regions(rank), rank.layout)
+            agent.register(rank.regions(), msgspec.structs.replace(rank.layout, groups=(fewer,)))
+        agent.register(rank.regions(), rank.layout)
 
 
 # --- what a stranger found --------------------------------------------------------------------------------------------
@@ -335,8 +321,8 @@ async def test_a_stage_without_layers_of_a_group() -> None:
         await reader.pull(owners[0].lease([[1], [2]], tokens=16), [[3], [4]], tokens=[(0, 16), (0, 16)])
         assert (arrays[0][3] == 10).all()
     async with Agent(config()) as bare:
-        regions, _ = memory_of(two_groups(0, 1, layers=()), 0)
-        bare.register(regions, two_groups(0, 1, layers=()))
+        memory, _ = memory_of(two_groups(0, 1, layers=()), 0)
+        bare.register(memory, two_groups(0, 1, layers=()))
         ticket = bare.lease([[1], [700]], tokens=16)  # ids of a group that lies elsewhere are only numbers here
         bare.end(ticket.lease, "done")
 
