@@ -221,44 +221,72 @@ static shm_entry *find_free(const shm_owner *owner, uint64_t number)
     return NULL;
 }
 
-static void set_bits(shm_slot *slot, const struct group *group, const pd_blocks *blocks)
+static void set_bits(uint64_t *bits, const struct group *group, const pd_blocks *blocks)
 {
     for (size_t i = 0; i < blocks->count; i++)
         if (blocks->ids[i] < group->blocks) { /* a block that does not exist cannot be read anyway */
             uint64_t bit = group->first_bit + blocks->ids[i];
-            atomic_fetch_or_explicit(&slot->bits[bit / 64], 1ull << bit % 64, memory_order_release);
+            bits[bit / 64] |= 1ull << bit % 64;
         }
 }
 
-int shm_owner_grant(shm_owner *owner, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
+/* A slot for a lease, with nothing granted yet; NULL after pd_fail. */
+static shm_slot *take_slot(shm_owner *owner, const pd_lease *lease, const uint64_t *capability)
 {
-    if (!owner->board)
-        return pd_fail(EINVAL, "no memory is registered");
-    shm_owner_revoke(owner, lease->number, lease->epoch); /* granted again: with other blocks */
     shm_entry *entry = find_free(owner, lease->number);
     if (!entry || !owner->num_free)
-        return pd_fail(ENOSPC, "too many leases are granted at once: %d fit", PD_SHM_SLOTS);
+        return pd_fail(ENOSPC, "too many leases are granted at once: %d fit", PD_SHM_SLOTS), NULL;
     uint32_t index = owner->free[--owner->num_free];
     shm_slot *slot = slot_at(owner, index);
-    uint64_t words = owner->board->slot_words - sizeof(shm_slot) / 8;
-    uint64_t capability[PD_MAX_CAPABILITY / 8] = {0};
-    memcpy(capability, lease->capability, lease->capability_bytes);
     atomic_fetch_add(&slot->sequence, 1);
     atomic_store(&slot->number, lease->number);
     atomic_store(&slot->epoch, lease->epoch);
     atomic_store(&slot->capability_bytes, lease->capability_bytes);
     for (size_t i = 0; i < PD_MAX_CAPABILITY / 8; i++)
         atomic_store_explicit(&slot->capability[i], capability[i], memory_order_release);
-    for (uint64_t i = 0; i < words; i++)
+    for (uint64_t i = 0; i < owner->board->slot_words - sizeof(shm_slot) / 8; i++)
         atomic_store_explicit(&slot->bits[i], 0, memory_order_release);
-    for (size_t g = 0; g < num_groups; g++)
-        for (size_t i = 0; i < owner->num_groups; i++)
-            if (owner->groups[i].id == blocks[g].group)
-                set_bits(slot, &owner->groups[i], &blocks[g]);
     atomic_store(&slot->used, 1);
     atomic_fetch_add(&slot->sequence, 1);
     atomic_store(entry, index + 1);
-    return 0;
+    return slot;
+}
+
+/* The slot of a lease that is granted already, to be granted other blocks; NULL if there is none. */
+static shm_slot *same_slot(shm_owner *owner, const pd_lease *lease, const uint64_t *capability)
+{
+    shm_entry *entry = find(owner, lease->number, lease->epoch);
+    shm_slot *slot = entry ? slot_at(owner, atomic_load(entry) - 1) : NULL;
+    bool same = slot && atomic_load(&slot->capability_bytes) == lease->capability_bytes;
+    for (size_t i = 0; same && i < PD_MAX_CAPABILITY / 8; i++)
+        same = atomic_load(&slot->capability[i]) == capability[i];
+    if (slot && !same)
+        shm_owner_revoke(owner, lease->number, lease->epoch);
+    return same ? slot : NULL;
+}
+
+int shm_owner_grant(shm_owner *owner, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
+{
+    if (!owner->board)
+        return pd_fail(EINVAL, "no memory is registered");
+    uint64_t words = owner->board->slot_words - sizeof(shm_slot) / 8;
+    uint64_t capability[PD_MAX_CAPABILITY / 8] = {0};
+    memcpy(capability, lease->capability, lease->capability_bytes);
+    uint64_t *bits = calloc(words + 1, sizeof *bits);
+    if (!bits)
+        return pd_fail(ENOMEM, "no memory for a lease");
+    for (size_t g = 0; g < num_groups; g++)
+        for (size_t i = 0; i < owner->num_groups; i++)
+            if (owner->groups[i].id == blocks[g].group)
+                set_bits(bits, &owner->groups[i], &blocks[g]);
+    shm_slot *slot = same_slot(owner, lease, capability);
+    if (!slot)
+        slot = take_slot(owner, lease, capability);
+    /* Word by word, in place: a lease that grows while it is read never lacks a block that it had. */
+    for (uint64_t i = 0; slot && i < words; i++)
+        atomic_store_explicit(&slot->bits[i], bits[i], memory_order_release);
+    free(bits);
+    return slot ? 0 : -ENOSPC;
 }
 
 void shm_owner_revoke(shm_owner *owner, uint64_t number, uint64_t epoch)

@@ -37,23 +37,31 @@ static int ascending(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
+/* Take a grant out of the table; NULL if there is none. Under the lock. */
+static grant *take_out(tcp *all, uint64_t number, uint64_t epoch)
+{
+    grant *gone = grant_find(all, number, epoch);
+    if (!gone)
+        return NULL;
+    grant *first = pd_table_remove(&all->grants, number);
+    for (grant **at = &first; *at; at = &(*at)->next)
+        if (*at == gone) {
+            *at = gone->next;
+            break;
+        }
+    if (first)
+        pd_table_put(&all->grants, number, first); /* there is room: one was removed */
+    return gone;
+}
+
 void tcp_revoke(void *own, uint64_t number, uint64_t epoch)
 {
     tcp *all = own;
     pthread_mutex_lock(&all->lock);
-    grant *gone = grant_find(all, number, epoch);
-    if (gone) {
-        grant *first = pd_table_remove(&all->grants, number);
-        for (grant **at = &first; *at; at = &(*at)->next)
-            if (*at == gone) {
-                *at = gone->next;
-                break;
-            }
-        if (first)
-            pd_table_put(&all->grants, number, first); /* there is room: one was removed */
-        grant_free(gone);
-    }
+    grant *gone = take_out(all, number, epoch);
     pthread_mutex_unlock(&all->lock);
+    if (gone)
+        grant_free(gone);
 }
 
 int tcp_grant(void *own, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
@@ -78,11 +86,13 @@ int tcp_grant(void *own, const pd_lease *lease, const pd_blocks *blocks, size_t 
             if (!each->count || each->ids[each->count - 1] != each->ids[k])
                 each->ids[each->count++] = each->ids[k];
     }
-    tcp_revoke(all, lease->number, lease->epoch);
-    pthread_mutex_lock(&all->lock);
+    pthread_mutex_lock(&all->lock); /* once: a lease that grows while it is read is never gone in between */
+    grant *before = take_out(all, lease->number, lease->epoch);
     made->next = pd_table_remove(&all->grants, lease->number);
     bool kept = pd_table_put(&all->grants, lease->number, made);
     pthread_mutex_unlock(&all->lock);
+    if (before)
+        grant_free(before);
     if (kept)
         return 0;
     grant_free(made); /* the older ones of this number are lost with it: refused, never served wrongly */

@@ -34,7 +34,12 @@ class PeerLost(PDError):
 
 
 class LeaseExpired(PDError):
-    """The owner no longer holds the blocks under the epoch that the ticket names."""
+    """The owner no longer holds the blocks under the epoch that the ticket names; ``again`` if it will hold others for
+    the same request under the next one."""
+
+    def __init__(self, message: str, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 class TransferFailed(PDError):

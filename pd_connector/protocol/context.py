@@ -22,9 +22,11 @@ class Limits:
     max_guests: int = 1024
     max_parked: int = 1024  # requests for leases that are not granted yet
     max_digest_jobs: int = 64
-    max_remembered: int = 65536  # verdicts and ended leases
+    max_remembered: int = 65536  # verdicts, ended leases and capabilities that are over
     remember: float = 120.0
     park: float = 2.0
+    awaited: float = 5.0  # whoever awaits a lease and does not ask again within is forgotten
+    ask: float = 1.0  # between questions for a lease that is not granted yet
     hello: float = 5.0
     retry: float = 0.5
     settle: float = 2.0  # a cancelled read may take this long before its peer is fenced

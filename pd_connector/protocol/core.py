@@ -13,20 +13,24 @@ from pd_connector.errors import RemoteProtocolError
 from pd_connector.protocol.context import Context, Identity, Limits
 from pd_connector.protocol.events import (
     Abort,
+    Append,
     Close,
     Command,
     Completed,
     Connected,
     Digested,
+    Disclaim,
     Disconnected,
     Drain,
     Drained,
     Drop,
     End,
     Event,
+    Expect,
     Extend,
     Forgo,
     Grant,
+    Grow,
     Keep,
     Meet,
     Pull,
@@ -36,15 +40,19 @@ from pd_connector.protocol.events import (
 from pd_connector.protocol.keeper import Keeper
 from pd_connector.protocol.messages import (
     AnyMessage,
+    Await,
     Bye,
     Commit,
+    Granted,
     Hello,
     Open,
     Opened,
+    Ready,
     Refused,
     Release,
     Renew,
     Renewed,
+    Renounce,
     Stale,
     Verdict,
     Welcome,
@@ -92,6 +100,7 @@ class Core:
             "transfers_active": states.count(TransferState.READING) + states.count(TransferState.CONFIRMING),
             "transfers_quarantined": states.count(TransferState.SETTLING),
             "tickets_kept": len(self.keeper),
+            "leases_expected": self.keeper.expecting,
             "peers": len(self.reader.dialer.sessions),
         }
 
@@ -121,18 +130,23 @@ class Core:
                 self.reader.meetings.meet(event, now)
             case Pull():
                 self.reader.pull(event, now)
+            case Append():
+                self.reader.append(event, now)
             case Abort(transfer, reason):
                 self.reader.abort(transfer, reason, now)
             case Grant():
                 self.owner.grant(event, now)
-            case End(number, reason):
-                self.owner.end(number, reason, now)
+            case Grow():
+                self.owner.grow(event)
+            case End(number, reason, again):
+                self.owner.end(number, reason, now, again)
             case Extend():
                 self.owner.extend(event, now)
             case Connected():
                 self.reader.dialer.connected(event, now)
             case Disconnected(route, reason):
                 self.reader.dialer.disconnected(route, reason, now)
+                self.keeper.disconnected(route, reason)
             case Digested():
                 if not self.reader.digested(event, now):
                     self.owner.digested(event, now)
@@ -142,6 +156,10 @@ class Core:
                 self.keeper.keep(event, now)
             case Drop():
                 self.keeper.drop(event)
+            case Expect():
+                self.keeper.expect(event, now)
+            case Disclaim():
+                self.keeper.disclaim(event)
             case Drain():
                 self._context.draining = True
             case Close():
@@ -169,13 +187,23 @@ class Core:
                 self._context.send(route, Stale(src=me, dst=message.src, incarnation=message.dst))
 
     def is_for_us(self, message: AnyMessage) -> bool:
-        """Only what is meant for this very incarnation counts: transfer and lease numbers start anew in each."""
-        return message.dst == self._context.incarnation
+        """Only what is meant for this very incarnation counts: transfer and lease numbers start anew in each.
+        Capabilities do not, and who asks for one may know no more than an address."""
+        nameless = isinstance(message, Await | Renounce) and not message.dst
+        return message.dst == self._context.incarnation or nameless
 
     def _dispatch(self, route: str, message: AnyMessage, now: float) -> None:
         match message:
             case Open() | Commit() | Renew() | Release():
                 self.owner.request(route, message, now)
+            case Await():
+                self.owner.promises.asked(route, message, now)
+            case Renounce():
+                self.owner.renounce(message, now)
+            case Granted():
+                self.keeper.granted(route, message)
+            case Ready():
+                self.reader.ready(route, message, now)
             case Welcome():
                 self.reader.dialer.welcome(route, message, now)
             case Opened():
@@ -221,6 +249,10 @@ class Core:
                 self.reader.fence_timeout(key, now)
             case "keep":
                 self.keeper.renew(key, now)
+            case "expect":
+                self.keeper.ask(key, now)
+            case "await":
+                self.owner.promises.give_up(key)
             case _:
                 raise AssertionError(f"no such timer: {kind}")
 

@@ -87,6 +87,17 @@ class Pull:
     priority: int = 0
     audit: bool = False
     terms: bytes = b""
+    follow: bool = False
+    """Parts come later, by Append, as BlocksReady tells of blocks; ``timeout`` is for each wait between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """One more part for a transfer that follows; ``last`` if none comes after it."""
+
+    transfer: int
+    part: tuple[CopyPlan, ...]
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +107,19 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Promise:
+    """What a lease will cover in the end."""
+
+    tokens: int
+    key: bytes
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Lease blocks (ids per group) to ``readers`` distinct readers for ``seconds``, renewable up to ``cap_seconds``.
-    ``terms`` are those of the ticket that was given out; a reader with others is told "not held"."""
+    ``terms`` are those of the ticket that was given out; a reader with others is told "not held". ``promise`` is what
+    whoever awaits the capability is told; ``growing`` leases get their blocks, and terms, by Grow."""
 
     number: int
     epoch: int
@@ -108,14 +129,29 @@ class Grant:
     seconds: float
     cap_seconds: float
     terms: bytes = b""
+    promise: Promise | None = None
+    growing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grow:
+    """A growing lease now has these blocks (all of them, per group), of which ``tokens[g]`` tokens of group g may be
+    read. ``complete``: it grows no more, and is under ``terms`` like any other."""
+
+    number: int
+    blocks: Mapping[int, Ids]
+    tokens: tuple[int, ...]
+    complete: bool
+    terms: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The owner takes the blocks back."""
+    """The owner takes the blocks back; ``again`` if it will grant the same lease under the next epoch."""
 
     number: int
     reason: str
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +185,25 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """Ask whoever answers at ``address`` for the lease under ``capability``, until it is granted, refused, Disclaimed,
+    or ``seconds`` have passed; answered by Promised."""
+
+    address: str
+    capability: bytes
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Disclaim:
+    """Expect a capability no more; ``renounce`` also tells ``address`` that nobody will read under it."""
+
+    address: str
+    capability: bytes
+    renounce: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Take no new work; a Drained note follows when nothing is leased and nothing is being read."""
 
@@ -159,8 +214,8 @@ class Close:
 
 
 Event = (
-    Received | Disconnected | Connected | Completed | Digested | Tick | Meet | Pull | Abort | Grant | End | Extend
-    | Forgo | Keep | Drop | Drain | Close
+    Received | Disconnected | Connected | Completed | Digested | Tick | Meet | Pull | Append | Abort | Grant | Grow
+    | End | Extend | Forgo | Keep | Drop | Expect | Disclaim | Drain | Close
 )  # fmt: skip
 
 
@@ -285,6 +340,27 @@ class Met:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksReady:
+    """The owner of a lease that a transfer follows has ``tokens[g]`` tokens of group g ready, and these further blocks
+    of it. Exactly one of a transfer's is ``complete``, and its last."""
+
+    transfer: int
+    tokens: tuple[int, ...]
+    blocks: tuple[Ids, ...]
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """Exactly one per Expect that is not disclaimed: the ticket, without blocks, of a lease that is held now; or why
+    there is none."""
+
+    capability: bytes
+    ticket: Ticket | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PartConfirmed:
     """The owner confirmed that the lease held while part ``part`` was read: its bytes may be used."""
 
@@ -330,4 +406,4 @@ class Drained:
     pass
 
 
-Note = Met | PartConfirmed | TransferEnded | LeaseEnded | LeaseRenewed | TicketLost | Drained
+Note = Met | BlocksReady | PartConfirmed | TransferEnded | LeaseEnded | LeaseRenewed | TicketLost | Promised | Drained

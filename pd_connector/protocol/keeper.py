@@ -1,10 +1,12 @@
-"""Tickets that are kept or given back without a pull: renewals while a request waits in a queue, and early releases."""
+"""Tickets that are kept, given back or waited for without a pull: renewals while a request waits in a queue, early
+releases, and questions for leases that are not granted yet."""
 
 from __future__ import annotations
 
+from pd_connector.protocol.claims import release_of, renew_of
 from pd_connector.protocol.context import Context
-from pd_connector.protocol.events import Drop, Forgo, Keep, TicketLost
-from pd_connector.protocol.messages import Release, Renew, Renewed, Stale
+from pd_connector.protocol.events import Disclaim, Drop, Expect, Forgo, Keep, Promised, TicketLost
+from pd_connector.protocol.messages import Await, Granted, Renewed, Renounce, Stale
 from pd_connector.protocol.ticket import Ticket
 
 TicketKey = tuple[int, int, int]
@@ -14,9 +16,14 @@ class Keeper:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._kept: dict[TicketKey, tuple[Ticket, float]] = {}
+        self._expected: dict[bytes, tuple[Expect, float]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def expecting(self) -> int:
+        return len(self._expected)
 
     def keep(self, event: Keep, now: float) -> None:
         key = _key(event.ticket)
@@ -31,18 +38,8 @@ class Keeper:
         ticket = event.ticket
         self._forget(_key(ticket))
         self._context.counters["tickets_released"] += 1
-        self._context.send(
-            ticket.address,
-            Release(
-                src=self._context.incarnation,
-                dst=ticket.incarnation,
-                lease=ticket.lease,
-                epoch=ticket.epoch,
-                capability=ticket.capability,
-                reader=event.reader,
-                readers=event.readers,
-            ),
-        )
+        release = release_of(ticket, self._context.incarnation, event.reader, event.readers)
+        self._context.send(ticket.address, release)
 
     def renew(self, key: TicketKey, now: float) -> None:
         entry = self._kept.get(key)
@@ -53,16 +50,7 @@ class Keeper:
             self._forget(key)
             return
         self._context.timers.set(("keep", key), now + self._context.limits.renew)
-        self._context.send(
-            ticket.address,
-            Renew(
-                src=self._context.incarnation,
-                dst=ticket.incarnation,
-                lease=ticket.lease,
-                epoch=ticket.epoch,
-                capability=ticket.capability,
-            ),
-        )
+        self._context.send(ticket.address, renew_of(ticket, self._context.incarnation))
 
     def renewed(self, route: str, message: Renewed, now: float) -> None:
         key = (message.src, message.lease, message.epoch)
@@ -81,6 +69,67 @@ class Keeper:
     def close(self) -> None:
         for key in list(self._kept):
             self._forget(key)
+        for capability in list(self._expected):
+            self._promised(capability, None, "this agent closed")
+
+    # --- leases that are not granted yet ------------------------------------------------------------------------------
+
+    def expect(self, event: Expect, now: float) -> None:
+        if event.capability in self._expected:
+            return
+        self._expected[event.capability] = event, now + event.seconds
+        if len(self._expected) > self._context.limits.max_leases:
+            self._promised(event.capability, None, "too many leases are being waited for here (max_leases)")
+        else:
+            self.ask(event.capability, now)
+
+    def ask(self, capability: bytes, now: float) -> None:
+        event, until = self._expected[capability]
+        if now >= until:
+            self._promised(capability, None, f"no lease within {event.seconds:g} s: is its request still in a queue?")
+            return
+        self._context.timers.set(("expect", capability), min(now + self._context.limits.ask, until))
+        self._context.send(event.address, Await(src=self._context.incarnation, dst=0, capability=capability))
+
+    def granted(self, route: str, message: Granted) -> None:
+        expected = self._expected.get(message.capability)
+        if expected is None or expected[0].address != route:
+            self._context.counters["late_events"] += 1
+            return
+        if not message.held:
+            self._promised(message.capability, None, message.reason)
+            return
+        ticket = Ticket(
+            address=route,
+            incarnation=message.src,
+            lease=message.lease,
+            epoch=message.epoch,
+            capability=message.capability,
+            blocks=((),) * message.groups,
+            tokens=message.tokens,
+            key=message.key,
+        )
+        self._promised(message.capability, ticket, "")
+
+    def disconnected(self, route: str, reason: str) -> None:
+        for capability, (event, _) in list(self._expected.items()):
+            if event.address == route:
+                self._promised(capability, None, f"{route}: {reason}")
+
+    def disclaim(self, event: Disclaim) -> None:
+        if self._expected.pop(event.capability, None) is not None:
+            self._context.timers.cancel(("expect", event.capability))
+        if event.renounce:
+            self._context.counters["tickets_released"] += 1
+            me = self._context.incarnation
+            self._context.send(event.address, Renounce(src=me, dst=0, capability=event.capability))
+
+    def _promised(self, capability: bytes, ticket: Ticket | None, reason: str) -> None:
+        del self._expected[capability]
+        self._context.timers.cancel(("expect", capability))
+        self._context.notify(Promised(capability, ticket, reason))
+
+    # --- in common ----------------------------------------------------------------------------------------------------
 
     def _lost(self, key: TicketKey) -> None:
         ticket, _ = self._kept[key]

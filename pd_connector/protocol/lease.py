@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import Any
 
 from pd_connector.plan import Ids
+from pd_connector.protocol.events import Promise
 
 
 class LeaseState(StrEnum):
@@ -58,6 +59,15 @@ class Lease:
     deadline: float
     cap: float
     terms: bytes = b""
+    promise: Promise | None = None
+    growing: bool = False
+    """Its blocks were, or are, told to followers as they became ready. These need no terms: they have the blocks from
+    us."""
+    complete: bool = False
+    tokens: tuple[int, ...] = ()
+    """Of a growing lease, how many of each group are ready."""
+    again: bool = False
+    """It ended, and will be granted again under the next epoch."""
     state: LeaseState = LeaseState.HELD
     reason: str = ""
     done: dict[str, Fraction] = field(default_factory=dict)
@@ -99,8 +109,8 @@ class LeaseTable:
 
     def __init__(self, *, max_leases: int, remember_seconds: float, max_remembered: int) -> None:
         self._leases: dict[int, Lease] = {}
-        self._ended: OrderedDict[int, tuple[float, tuple[int, str]]] = OrderedDict()
-        """Of an ended lease only the epoch and the reason are kept, not its blocks."""
+        self._ended: OrderedDict[int, tuple[float, tuple[int, str, bool]]] = OrderedDict()
+        """Of an ended lease only epoch, reason, and whether it comes again are kept, not its blocks."""
         self._answers: OrderedDict[Asked, tuple[float, Answer]] = OrderedDict()
         self._highest = 0
         self._max_leases = max_leases
@@ -146,11 +156,14 @@ class LeaseTable:
         """Move an ended lease out of the table."""
         del self._leases[lease.number]
         self._ended.pop(lease.number, None)
-        self._ended[lease.number] = (now, (lease.epoch, lease.reason))
+        self._ended[lease.number] = (now, (lease.epoch, lease.reason, lease.again))
         self._forget(self._ended, now)
 
     def reason_of(self, number: int) -> str:
         return self._ended[number][1][1] if number in self._ended else str(Unknown.GONE)
+
+    def comes_again(self, number: int) -> bool:
+        return number in self._ended and self._ended[number][1][2]
 
     def all(self) -> list[Lease]:
         return list(self._leases.values())

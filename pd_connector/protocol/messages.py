@@ -15,11 +15,12 @@ from pd_connector.errors import RemoteProtocolError
 from pd_connector.layout import KVLayout, Size
 from pd_connector.plan import MAX_DIMS
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 4 * 2**20
 """Largest frame that is sent or accepted, in bytes: 500,000 audit digests fit."""
 MAX_WORDS = 4096
 MAX_RANKS = 4096
+MAX_GROUPS = 64
 CAPABILITY_BYTES = 16
 DIGEST_BYTES = 8
 TERMS_BYTES = 16
@@ -91,7 +92,8 @@ class Welcome(Introduction, tag="welcome", frozen=True, kw_only=True):
 
 class Open(Message, tag="open", frozen=True, kw_only=True):
     """A reader announces a transfer under a lease, and over which transport it will read. ``readers`` is how many ranks
-    of its instance will end this lease, here and in Commit and Release."""
+    of its instance will end this lease, here and in Commit and Release. With ``follow`` it wants to be told of blocks
+    as they become ready, from the first on."""
 
     transfer: U64
     lease: U64
@@ -101,13 +103,58 @@ class Open(Message, tag="open", frozen=True, kw_only=True):
     transport: Name
     readers: Readers = 1
     terms: Terms = b""
+    follow: bool = False
 
 
 class Opened(Message, tag="opened", frozen=True, kw_only=True):
+    """Answer to Open. Whoever follows is told without asking when the lease ends before it is complete (not ``held``);
+    with ``again`` it will be granted once more, under the next epoch."""
+
     transfer: U64
     held: bool
     reason: Words = ""
     remaining_ms: Millis = 0
+    again: bool = False
+
+
+class Ready(Message, tag="ready", frozen=True, kw_only=True):
+    """Blocks of a growing lease hold what they are to hold: the first ``tokens[g]`` tokens of group g. ``blocks[g]``
+    are ids (little-endian u32 each) of its blocks from number ``first[g]`` on; with ``complete`` these are the last."""
+
+    transfer: U64
+    lease: U64
+    epoch: U32
+    tokens: Annotated[tuple[U32, ...], Meta(max_length=MAX_GROUPS)]
+    first: Annotated[tuple[U32, ...], Meta(max_length=MAX_GROUPS)]
+    blocks: Annotated[tuple[Annotated[bytes, Meta(max_length=MAX_FRAME)], ...], Meta(max_length=MAX_GROUPS)]
+    complete: bool
+
+
+class Await(Message, tag="await", frozen=True, kw_only=True):
+    """Whoever holds this capability wants to know when a lease is granted under it. ``dst`` may be 0: the asker knows
+    an address, not yet who answers there."""
+
+    capability: Capability
+
+
+class Granted(Message, tag="granted", frozen=True, kw_only=True):
+    """Answer to Await, once there is one: the lease, how many tokens it will cover in how many KV cache groups, and
+    under which prefix key; or why there will be none."""
+
+    capability: Capability
+    held: bool
+    reason: Words = ""
+    lease: U64 = 0
+    epoch: U32 = 0
+    tokens: U32 = 0
+    key: Annotated[bytes, Meta(max_length=64)] = b""
+    groups: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 1
+
+
+class Renounce(Message, tag="renounce", frozen=True, kw_only=True):
+    """Nobody will read under the lease of this capability, be it granted already or not yet. ``dst`` may be 0."""
+
+    capability: Capability
 
 
 class Commit(Message, tag="commit", frozen=True, kw_only=True):
@@ -126,13 +173,14 @@ class Commit(Message, tag="commit", frozen=True, kw_only=True):
 
 
 class Verdict(Message, tag="verdict", frozen=True, kw_only=True):
-    """Answer to Commit; ``compared`` counts the audit digests that were compared."""
+    """Answer to Commit; ``compared`` counts the audit digests that were compared, ``again`` is as in Opened."""
 
     transfer: U64
     part: U32
     held: bool
     reason: Words = ""
     compared: U32 = 0
+    again: bool = False
 
 
 class Renew(Message, tag="renew", frozen=True, kw_only=True):
@@ -175,7 +223,10 @@ class Bye(Message, tag="bye", frozen=True, kw_only=True):
     """The sender closes now."""
 
 
-AnyMessage = Hello | Welcome | Open | Opened | Commit | Verdict | Renew | Renewed | Release | Stale | Refused | Bye
+AnyMessage = (
+    Hello | Welcome | Open | Opened | Ready | Commit | Verdict | Renew | Renewed | Release | Await | Granted | Renounce
+    | Stale | Refused | Bye
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

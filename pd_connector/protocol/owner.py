@@ -14,10 +14,12 @@ from pd_connector.protocol.events import (
     Extend,
     Grant,
     GrantBlocks,
+    Grow,
     LeaseEnded,
     LeaseRenewed,
     RevokeBlocks,
 )
+from pd_connector.protocol.followers import Followers
 from pd_connector.protocol.lease import Answer, Asked, Lease, LeaseInput, LeaseState, LeaseTable, Unknown
 from pd_connector.protocol.messages import (
     DIGEST_BYTES,
@@ -32,9 +34,11 @@ from pd_connector.protocol.messages import (
     Release,
     Renew,
     Renewed,
+    Renounce,
     Verdict,
     Welcome,
 )
+from pd_connector.protocol.promises import RENOUNCED, Promises
 
 LeaseRequest = Open | Commit | Renew | Release
 
@@ -46,6 +50,8 @@ class Owner:
         self._guests: OrderedDict[str, int] = OrderedDict()
         self._parked: OrderedDict[int, tuple[str, LeaseRequest]] = OrderedDict()
         self._jobs: dict[int, tuple[str, Commit, Lease]] = {}
+        self._followers = Followers(context)
+        self.promises = Promises(context)
         self.table = LeaseTable(
             max_leases=limits.max_leases, remember_seconds=limits.remember, max_remembered=limits.max_remembered
         )
@@ -69,19 +75,46 @@ class Owner:
             deadline=now + min(event.seconds, event.cap_seconds),
             cap=now + event.cap_seconds,
             terms=event.terms,
+            promise=event.promise,
+            growing=event.growing,
         )
         self.table.grant(lease)
         self._context.counters["leases_granted"] += 1
         self._context.timers.set(("lease", lease.number), lease.deadline)
         self._context.emit(GrantBlocks(event.number, event.epoch, event.capability, event.blocks))
+        if why := self.promises.granted(lease):
+            self.end(event.number, why, now)
         self._unpark(event.number, now)
 
-    def end(self, number: int, reason: str, now: float) -> None:
+    def grow(self, event: Grow) -> None:
+        """Late for a lease that has ended, of which the followers know."""
+        lease = self.table.get(event.number)
+        if lease is None:
+            self._context.counters["late_events"] += 1
+            return
+        if not lease.growing or lease.complete:
+            raise LocalProtocolError(f"lease {event.number} does not grow (any more)")
+        before = [len(lease.blocks.get(group, ())) for group in range(len(event.tokens))]
+        shrinks = any(len(event.blocks.get(group, ())) < count for group, count in enumerate(before))
+        if shrinks or any(now < then for now, then in zip(event.tokens, lease.tokens, strict=False)):
+            raise LocalProtocolError(f"lease {event.number}: blocks and tokens of a lease that grows are only added")
+        lease.blocks, lease.tokens, lease.complete = event.blocks, event.tokens, event.complete
+        lease.terms = event.terms
+        self._context.emit(GrantBlocks(lease.number, lease.epoch, lease.capability, lease.blocks))
+        self._followers.tell(lease)
+
+    def end(self, number: int, reason: str, now: float, again: bool = False) -> None:
         lease = self.table.get(number)
         if lease is None:
             self._context.counters["late_events"] += 1
         elif lease.step(LeaseInput.TAKEN_BACK, reason):
+            lease.again = again
             self._finish(lease, now)
+
+    def renounce(self, message: Renounce, now: float) -> None:
+        lease = self.promises.renounce(message, now)
+        if lease is not None:
+            self.end(lease.number, RENOUNCED, now)
 
     def extend(self, event: Extend, now: float) -> None:
         if (lease := self.table.get(event.number)) is not None:
@@ -94,6 +127,7 @@ class Owner:
             self._context.send(route, Bye(src=self._context.incarnation, dst=incarnation))
         self._guests.clear()
         self._parked.clear()
+        self.promises.close()
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
@@ -137,7 +171,8 @@ class Owner:
 
     def _held(self, route: str, message: LeaseRequest, lease: Lease, now: float) -> None:
         me = self._context.incarnation
-        if isinstance(message, Open | Commit) and message.terms != lease.terms:
+        told = lease.growing and not message.terms if isinstance(message, Open | Commit) else True
+        if isinstance(message, Open | Commit) and message.terms != lease.terms and not told:
             self._context.counters["terms_mismatched"] += 1
             reason = "the ticket was changed on its way: its blocks, tokens or key are not those of the lease"
             self._not_held(route, message, reason)
@@ -147,7 +182,7 @@ class Owner:
             return
         if isinstance(message, Release):
             reader_done = bool(message.reader)
-            if not reader_done and lease.step(LeaseInput.TAKEN_BACK, "released by whoever brokers the hand-over"):
+            if not reader_done and lease.step(LeaseInput.TAKEN_BACK, RENOUNCED):
                 self._finish(lease, now)
             elif reader_done:
                 self._reader_done(lease, message, f"released by {message.reader}", now)
@@ -157,6 +192,10 @@ class Owner:
         if isinstance(message, Open):
             answer = Opened(src=me, dst=message.src, transfer=message.transfer, held=True, remaining_ms=left)
             self._context.send(route, answer)
+            if message.follow and not (lease.growing and self._followers.add(route, message, lease)):
+                self._refuse(
+                    route, message, f"lease {lease.number} cannot be followed: it does not grow, or too many do"
+                )
         else:
             self._context.notify(LeaseRenewed(lease.number, lease.epoch))
             self._context.send(
@@ -171,8 +210,10 @@ class Owner:
             self._context.counters["commits_not_held"] += 1
             self._verdict(route, message, Answer(False, reason))
         elif isinstance(message, Open):
+            again = self.table.comes_again(message.lease)
             self._context.send(
-                route, Opened(src=me, dst=message.src, transfer=message.transfer, held=False, reason=reason)
+                route,
+                Opened(src=me, dst=message.src, transfer=message.transfer, held=False, reason=reason, again=again),
             )
         elif isinstance(message, Renew):
             self._context.send(
@@ -245,6 +286,7 @@ class Owner:
                 held=answer.held,
                 reason=answer.reason,
                 compared=answer.compared,
+                again=not answer.held and self.table.comes_again(message.lease),
             ),
         )
 
@@ -258,6 +300,7 @@ class Owner:
 
     def _reader_done(self, lease: Lease, message: Commit | Release, reason: str, now: float) -> None:
         """A lease is for so many instances; how many ranks of each read here, the ranks say."""
+        self._followers.left(lease, message)
         lease.done[message.reader] = Fraction(1, message.readers)
         over = sum(lease.done.values()) >= lease.readers
         what = LeaseInput.LAST_READER_DONE if over else LeaseInput.READER_DONE
@@ -273,23 +316,28 @@ class Owner:
         self.table.end(lease, now)
         self._context.timers.cancel(("lease", lease.number))
         self._context.emit(RevokeBlocks(lease.number, lease.epoch))
+        self._followers.ended(lease)
+        self.promises.ended(lease, now)
         self._context.notify(LeaseEnded(lease.number, lease.epoch, lease.reason))
 
     # --- requests that came before their grant ------------------------------------------------------------------------
 
     def _park(self, route: str, message: LeaseRequest, now: float) -> None:
+        if any(known == message for _, known in self._parked.values()):
+            return  # a repeat
         if len(self._parked) >= self._context.limits.max_parked:
             self._context.counters["parked_refused"] += 1
             if isinstance(message, Open | Commit):
                 reason = f"{len(self._parked)} requests for ungranted leases wait here already (max_parked)"
-                self._context.send(
-                    route,
-                    Refused(src=self._context.incarnation, dst=message.src, transfer=message.transfer, reason=reason),
-                )
+                self._refuse(route, message, reason)
             return
         ticket = self._context.new_id()
         self._parked[ticket] = (route, message)
         self._context.timers.set(("parked", ticket), now + self._context.limits.park)
+
+    def _refuse(self, route: str, message: Open | Commit, reason: str) -> None:
+        me = self._context.incarnation
+        self._context.send(route, Refused(src=me, dst=message.src, transfer=message.transfer, reason=reason))
 
     def _unpark(self, number: int, now: float) -> None:
         for ticket in [t for t, (_, message) in self._parked.items() if message.lease == number]:
@@ -298,8 +346,10 @@ class Owner:
             self.request(route, message, now)
 
     def give_up_parked(self, ticket: int) -> None:
-        if (entry := self._parked.pop(ticket, None)) is not None:
-            self._not_held(*entry)
+        route, message = self._parked.pop(ticket, ("", None))
+        # A follower asks again by itself, for as long as it wants to wait.
+        if message is not None and not (isinstance(message, Open) and message.follow):
+            self._not_held(route, message)
 
 
 def _asked(message: Commit) -> Asked:

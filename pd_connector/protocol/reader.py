@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from pd_connector.errors import (
     LayoutMismatch,
     LeaseExpired,
@@ -15,9 +17,12 @@ from pd_connector.errors import (
     TransportUnavailable,
 )
 from pd_connector.plan import CopyPlan
+from pd_connector.protocol.claims import commit_of, open_of, release_of, renew_of
 from pd_connector.protocol.context import Context
 from pd_connector.protocol.dialer import Dialer
 from pd_connector.protocol.events import (
+    Append,
+    BlocksReady,
     Cancel,
     Completed,
     DigestBlocks,
@@ -29,24 +34,16 @@ from pd_connector.protocol.events import (
     TransferEnded,
 )
 from pd_connector.protocol.meetings import Meetings
-from pd_connector.protocol.messages import (
-    DIGEST_BYTES,
-    MAX_FRAME,
-    Audit,
-    AuditPlan,
-    Commit,
-    Open,
-    Opened,
-    Refused,
-    Release,
-    Renew,
-    Verdict,
-)
+from pd_connector.protocol.messages import DIGEST_BYTES, MAX_FRAME, Opened, Ready, Refused, Verdict
 from pd_connector.protocol.session import Session
+from pd_connector.protocol.ticket import MAX_BLOCKS
 from pd_connector.protocol.transfer import PartState, Transfer, TransferInput, TransferState
 
 _ENVELOPE = 4096
 """More than everything in a Commit but its audit takes, in bytes."""
+_TOO_LONG = f"the audit of a part does not fit into {MAX_FRAME} bytes; pull in more parts"
+_REPOSTS = 3
+"""How often a follower's read may find that the owner's transport does not know its lease."""
 
 
 class Reader:
@@ -65,16 +62,16 @@ class Reader:
         limits = self._context.limits
         if self._context.draining:
             raise LocalProtocolError("this agent is draining and starts no new pull")
-        if not event.parts or event.timeout <= 0:
-            raise LocalProtocolError("a pull needs at least one part and a positive timeout")
+        if bool(event.parts) == event.follow or event.timeout <= 0:
+            raise LocalProtocolError("a pull needs parts, unless it follows a lease; and a positive timeout")
         if event.transfer in self.transfers:
             raise LocalProtocolError(f"transfer {event.transfer} is running already")
         if len(self.transfers) >= limits.max_transfers:
             raise LocalProtocolError(
                 f"{len(self.transfers)} transfers are running, the limit is {limits.max_transfers}"
             )
-        if event.audit and max(map(audit_bytes, event.parts)) > MAX_FRAME - _ENVELOPE:
-            raise LocalProtocolError(f"the audit of a part does not fit into {MAX_FRAME} bytes; pull in more parts")
+        if event.audit and any(map(_too_long, event.parts)):
+            raise LocalProtocolError(_TOO_LONG)
         ticket = event.ticket
         transfer = Transfer(event, now, ticket.address, ticket.incarnation, now + event.timeout)
         self.transfers[event.transfer] = transfer
@@ -82,6 +79,20 @@ class Reader:
         self._context.timers.set(("transfer", event.transfer), transfer.deadline)
         self._context.timers.set(("renew", event.transfer), now + self._context.limits.renew)
         self.dialer.attach(event.transfer, ticket.address, ticket.incarnation, now)
+
+    def append(self, event: Append, now: float) -> None:
+        """Late for a transfer that has ended or gives up."""
+        transfer = self.transfers.get(event.transfer)
+        if transfer is None or not transfer.more or transfer.state is TransferState.SETTLING:
+            self._context.counters["late_events"] += 1
+            return
+        if transfer.pull.audit and _too_long(event.part):
+            self._give_up(transfer, TransferFailed(f"{self._words(transfer)}: {_TOO_LONG}"), now)
+            return
+        transfer.plans.append(event.part)
+        transfer.parts.append(PartState.PENDING)
+        transfer.more = not event.last
+        self._advance(transfer, now)
 
     def abort(self, number: int, reason: str, now: float) -> None:
         if number in self.meetings:
@@ -151,22 +162,7 @@ class Reader:
         self._advance(transfer, now)
 
     def _send_open(self, transfer: Transfer) -> None:
-        ticket = transfer.pull.ticket
-        self._context.send(
-            transfer.address,
-            Open(
-                src=self._context.incarnation,
-                dst=transfer.incarnation,
-                transfer=transfer.pull.transfer,
-                lease=ticket.lease,
-                epoch=ticket.epoch,
-                capability=ticket.capability,
-                reader=self._context.identity.agent,
-                transport=transfer.transport,
-                readers=transfer.pull.readers,
-                terms=transfer.pull.terms,
-            ),
-        )
+        self._context.send(transfer.address, open_of(transfer, self._context.identity))
 
     def _advance(self, transfer: Transfer, now: float) -> None:
         """Post reads up to the window, ask for verdicts on what was read, and commit when only that is left."""
@@ -175,7 +171,7 @@ class Reader:
         for part in list(transfer.in_state(PartState.PENDING)):
             if len(transfer.unread) >= self._context.limits.window:
                 break
-            some = [index for index, plan in enumerate(transfer.pull.parts[part]) if plan.num_blocks]
+            some = [index for index, plan in enumerate(transfer.plans[part]) if plan.num_blocks]
             if not some:
                 self._part_read(transfer, part)
                 continue
@@ -184,7 +180,8 @@ class Reader:
             for index in some:
                 self._post(transfer, part, index)
         others = transfer.parts[:-1]
-        if transfer.parts[-1] is PartState.READ and all(part is PartState.CONFIRMED for part in others):
+        whole = bool(transfer.parts) and not transfer.more
+        if whole and transfer.parts[-1] is PartState.READ and all(part is PartState.CONFIRMED for part in others):
             transfer.step(TransferInput.ALL_READ)
             transfer.read_at = now
             self._ask(transfer, transfer.last)
@@ -195,7 +192,7 @@ class Reader:
         self._tags[tag] = pull.transfer
         claim = ticket.lease, ticket.epoch, ticket.capability
         self._context.emit(
-            PostRead(transfer.peer, transfer.transport, *claim, pull.parts[part][index], tag, pull.priority)
+            PostRead(transfer.peer, transfer.transport, *claim, transfer.plans[part][index], tag, pull.priority)
         )
 
     def completed(self, event: Completed, now: float) -> None:
@@ -208,6 +205,7 @@ class Reader:
             self._context.counters["late_events"] += 1
             return
         part, index = transfer.tags.pop(event.tag)
+        pull = transfer.pull
         if transfer.state is TransferState.SETTLING:
             self._settle(transfer, now)
         elif event.status == "done":
@@ -216,9 +214,13 @@ class Reader:
                 del transfer.unread[part]
                 self._part_read(transfer, part)
                 self._advance(transfer, now)
-        elif event.status == "not_granted" and (part, index) not in transfer.reposted:
-            # The grant may still be on its way from the owner's engine to its transport: wait for OPENED, try again.
-            transfer.reposted.add((part, index))
+        elif event.status == "not_granted" and transfer.reposted[part, index] < (_REPOSTS if pull.follow else 1):
+            # The grant may still be on its way from the owner's engine to its transport: wait for OPENED, try again. Or
+            # the lease has just ended: the owner alone can tell a follower whether it comes again.
+            transfer.reposted[part, index] += 1
+            if pull.follow:
+                transfer.opened = False
+                self._send_open(transfer)
             if transfer.opened:
                 self._post(transfer, part, index)
             else:
@@ -249,7 +251,7 @@ class Reader:
             job = self._context.new_id()
             transfer.jobs[job] = part
             self._jobs[job] = transfer.pull.transfer
-            self._context.emit(DigestBlocks(job, tuple(plan.side(1) for plan in transfer.pull.parts[part])))
+            self._context.emit(DigestBlocks(job, tuple(plan.side(1) for plan in transfer.plans[part])))
 
     def digested(self, event: Digested, now: float) -> bool:
         """False when the job is not one of ours."""
@@ -269,31 +271,9 @@ class Reader:
         return True
 
     def _send_commit(self, transfer: Transfer, part: int) -> None:
-        ticket = transfer.pull.ticket
-        audit = None
-        if transfer.pull.audit:
-            sides = [plan.side(0) for plan in transfer.pull.parts[part] if plan.num_blocks]
-            plans = tuple(AuditPlan(blocks.astype("<u4").tobytes(), places) for blocks, places in sides)
-            audit = Audit(plans, transfer.digests[part])
-        self._context.send(
-            transfer.address,
-            Commit(
-                src=self._context.incarnation,
-                dst=transfer.incarnation,
-                transfer=transfer.pull.transfer,
-                part=part,
-                lease=ticket.lease,
-                epoch=ticket.epoch,
-                capability=ticket.capability,
-                reader=self._context.identity.agent,
-                final=part == transfer.last,
-                readers=transfer.pull.readers,
-                audit=audit if audit is None or audit.digests else None,
-                terms=transfer.pull.terms,
-            ),
-        )
+        self._context.send(transfer.address, commit_of(transfer, part, self._context.identity))
 
-    def _answered(self, route: str, message: Opened | Verdict | Refused) -> Transfer | None:
+    def _answered(self, route: str, message: Opened | Ready | Verdict | Refused) -> Transfer | None:
         """The transfer that an answer is about. Nobody but the incarnation that was asked can answer, nor another
         address in its name."""
         transfer = self.transfers.get(message.transfer)
@@ -307,13 +287,13 @@ class Reader:
             return
         final = message.part == transfer.last
         expected = TransferState.CONFIRMING if final else TransferState.READING
-        asked = message.part <= transfer.last and transfer.parts[message.part] is PartState.READ
+        asked = message.part < len(transfer.parts) and transfer.parts[message.part] is PartState.READ
         if transfer.state is not expected or not asked:
             self._context.counters["late_events"] += 1
             return
         if not message.held:
             self._context.counters["verdicts_not_held"] += 1
-            self._give_up(transfer, LeaseExpired(f"{self._words(transfer)}: {message.reason}"), now)
+            self._give_up(transfer, LeaseExpired(f"{self._words(transfer)}: {message.reason}", message.again), now)
             return
         transfer.compared += message.compared
         transfer.parts[message.part] = PartState.CONFIRMED
@@ -332,7 +312,7 @@ class Reader:
             self._context.counters["late_events"] += 1
             return
         if not message.held:
-            self._give_up(transfer, LeaseExpired(f"{self._words(transfer)}: {message.reason}"), now)
+            self._give_up(transfer, LeaseExpired(f"{self._words(transfer)}: {message.reason}", message.again), now)
             return
         transfer.opened = True
         transfer.renew_every = max(message.remaining_ms / 3000, 0.05)
@@ -340,6 +320,35 @@ class Reader:
         parked, transfer.parked = transfer.parked, []
         for part, index in parked:
             self._post(transfer, part, index)
+
+    def ready(self, route: str, message: Ready, now: float) -> None:
+        """More blocks to follow. When some were missed, all are asked for again."""
+        if (transfer := self._answered(route, message)) is None:
+            return
+        ticket, groups = transfer.pull.ticket, len(transfer.pull.ticket.blocks)
+        expected = transfer.pull.follow and transfer.state is TransferState.READING and not transfer.complete
+        if not expected or (message.lease, message.epoch) != (ticket.lease, ticket.epoch):
+            self._context.counters["late_events"] += 1
+            return
+        told, before = transfer.told or [0] * groups, transfer.ready or (0,) * groups
+        shaped = len(message.tokens) == len(message.first) == len(message.blocks) == groups
+        too_many = sum(told) + sum(map(len, message.blocks)) // 4 > MAX_BLOCKS
+        if not shaped or too_many or any(len(ids) % 4 for ids in message.blocks):
+            error = RemoteProtocolError(f"{self._words(transfer)}: READY does not name blocks of {groups} groups")
+            self._give_up(transfer, error, now)
+            return
+        if any(first > known for first, known in zip(message.first, told, strict=True)):
+            self._send_open(transfer)
+            return
+        ids = [np.frombuffer(each, "<u4").astype(np.uint32) for each in message.blocks]
+        news = [each[known - first :] for each, known, first in zip(ids, told, message.first, strict=True)]
+        transfer.told = [known + len(each) for known, each in zip(told, news, strict=True)]
+        transfer.ready = tuple(map(max, message.tokens, before))
+        transfer.complete = message.complete
+        if transfer.ready == before and not message.complete:
+            return  # a repeat
+        self._context.timers.set(("transfer", transfer.pull.transfer), now + transfer.pull.timeout)
+        self._context.notify(BlocksReady(transfer.pull.transfer, transfer.ready, tuple(news), message.complete))
 
     def refused(self, route: str, message: Refused, now: float) -> None:
         if (transfer := self._answered(route, message)) is not None:
@@ -361,19 +370,13 @@ class Reader:
         transfer = self.transfers.get(number)
         if transfer is None or transfer.state is TransferState.SETTLING:
             return
-        ticket = transfer.pull.ticket
-        self._context.send(
-            transfer.address,
-            Renew(
-                src=self._context.incarnation,
-                dst=transfer.incarnation,
-                lease=ticket.lease,
-                epoch=ticket.epoch,
-                capability=ticket.capability,
-            ),
-        )
         every = transfer.renew_every or self._context.limits.renew
         self._context.timers.set(("renew", number), now + every)
+        if transfer.pull.follow and transfer.state is TransferState.READING and not transfer.complete:
+            self._send_open(transfer)  # renews as well, and is answered with what may have been missed
+            return
+        renewal = renew_of(transfer.pull.ticket, self._context.incarnation, transfer.incarnation)
+        self._context.send(transfer.address, renewal)
 
     # --- endings ------------------------------------------------------------------------------------------------------
 
@@ -394,18 +397,9 @@ class Reader:
         for timer in ("transfer", "retry", "renew"):
             self._context.timers.cancel((timer, number))
         # Also before anything was read: the owner need not hold the blocks until the lease runs out.
-        self._context.send(
-            transfer.address,
-            Release(
-                src=self._context.incarnation,
-                dst=transfer.incarnation,
-                lease=ticket.lease,
-                epoch=ticket.epoch,
-                capability=ticket.capability,
-                reader=self._context.identity.agent,
-                readers=transfer.pull.readers,
-            ),
-        )
+        me = self._context.identity
+        release = release_of(ticket, me.incarnation, me.agent, transfer.pull.readers, transfer.incarnation)
+        self._context.send(transfer.address, release)
         for tag in transfer.tags:
             self._context.emit(Cancel(transfer.transport, tag))
         self._context.timers.set(("settle", number), now + self._context.limits.settle)
@@ -465,6 +459,10 @@ class Reader:
 
     def _words(self, transfer: Transfer) -> str:
         return f"pull {transfer.pull.transfer} under {transfer.pull.ticket!r} while {transfer.state}"
+
+
+def _too_long(part: Sequence[CopyPlan]) -> bool:
+    return audit_bytes(part) > MAX_FRAME - _ENVELOPE
 
 
 def audit_bytes(part: Sequence[CopyPlan]) -> int:

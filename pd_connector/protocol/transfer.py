@@ -6,18 +6,23 @@ goes wrong before that is GIVE_UP: reads still posted are cancelled and the tran
 blocks in quarantine, until the transport has confirmed that none of them can write any more. A transfer ends exactly
 once; whatever arrives afterwards finds no transfer and is counted as late.
 
+A transfer that follows a growing lease gets its parts one by one; until the last has come none is final, and all are
+confirmed alike.
+
 CONFIRMING covers the final verdict alone: "held" for the last part implies it for all, because the epoch is unbroken.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pd_connector.errors import PDError
 from pd_connector.layout import KVLayout
+from pd_connector.plan import CopyPlan
 from pd_connector.protocol.events import Pull, TransferStats
 
 
@@ -68,6 +73,7 @@ class Transfer:
     """What the owner's rank must have by the word of whoever speaks for it."""
     state: TransferState = TransferState.CONNECTING
     parts: list[PartState] = field(default_factory=list)
+    plans: list[tuple[CopyPlan, ...]] = field(default_factory=list)
     tags: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Posted reads: tag → (part, number of the plan in it)."""
     unread: dict[int, int] = field(default_factory=dict)
@@ -80,8 +86,15 @@ class Transfer:
     transport: str = ""
     peer: str = ""
     opened: bool = False
-    reposted: set[tuple[int, int]] = field(default_factory=set)
-    """Reads that were refused once because the owner's transport did not know the lease."""
+    reposted: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Reads that were refused because the owner's transport did not know the lease."""
+    more: bool = False
+    """Parts may still be added."""
+    told: list[int] = field(default_factory=list)
+    """Of a transfer that follows: blocks of each group that the owner named so far."""
+    ready: tuple[int, ...] = ()
+    complete: bool = False
+    """The owner has named all."""
     renew_every: float = 0.0
     outcome: str = ""
     error: PDError | None = None
@@ -90,7 +103,9 @@ class Transfer:
     compared: int = 0
 
     def __post_init__(self) -> None:
-        self.parts = [PartState.PENDING] * len(self.pull.parts)
+        self.plans = list(self.pull.parts)
+        self.parts = [PartState.PENDING] * len(self.plans)
+        self.more = self.pull.follow
 
     def step(self, what: TransferInput) -> bool:
         """Apply an input; True when the state changed."""
@@ -105,12 +120,13 @@ class Transfer:
 
     @property
     def last(self) -> int:
-        return len(self.parts) - 1
+        """The part whose verdict is final; behind all of them while more may come."""
+        return len(self.parts) - (0 if self.more else 1)
 
     def failed_blocks(self) -> tuple[int, ...]:
         """Destination blocks that hold nothing of value: all of them, since parts may each cover every block."""
         blocks: set[int] = set()
-        for plan in itertools.chain(*self.pull.parts):
+        for plan in itertools.chain(*self.plans):
             blocks.update(plan.blocks(1).tolist())
         return tuple(sorted(blocks))
 
@@ -121,7 +137,7 @@ class Transfer:
             connect=ready - self.started,
             wire=read - ready,
             commit=now - read,
-            bytes=sum(plan.num_bytes for plan in itertools.chain(*self.pull.parts)),
+            bytes=sum(plan.num_bytes for plan in itertools.chain(*self.plans)),
             transport=self.transport,
             digests_compared=self.compared,
         )

@@ -5,26 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from msgspec.structs import replace as replace_fields
 
 from pd_connector.config import Config
-from pd_connector.errors import LocalProtocolError
+from pd_connector.errors import LocalProtocolError, PeerLost
 from pd_connector.layout import KVLayout
-from pd_connector.memory import GridRef, MemoryKind, Region, order_grids
+from pd_connector.memory import MemoryKind, Region, order_grids
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
 from pd_connector.protocol.messages import CAPABILITY_BYTES, Endpoint
-from pd_connector.protocol.ticket import Ticket
-from pd_connector.runtime.arguments import block_groups, check_bytes, check_count, check_seconds
+from pd_connector.protocol.ticket import ADDRESS, Ticket
+from pd_connector.runtime.arguments import block_groups, check_bytes, check_count, check_list, check_seconds
 from pd_connector.runtime.courier import Courier
-from pd_connector.runtime.digest import digest_blocks
+from pd_connector.runtime.driver import Driver
 from pd_connector.runtime.outcome import patiently, stats_of
 from pd_connector.runtime.planner import Planner
 from pd_connector.runtime.pulls import Order, Pulls
@@ -57,16 +59,12 @@ class Agent:
         self._on_note = on_note
         self._side_channel = SideChannel(self.config, self._on_frame, self._on_lost, self._hangup_if_unused)
         self._courier: Courier | None = None
-        self._grids: tuple[GridRef, ...] = ()
-        self._views: list[memoryview] = []
-        self._events: deque[ev.Event] = deque()
-        self._handling = False
-        self._failures: Counter[str] = Counter()
-        self._tick: asyncio.TimerHandle | None = None
-        self._pulls = Pulls(self.name, self._feed, self.core.new_id, self._clock)
+        self._driver = Driver(self.core, self._side_channel, self._note, lambda *args: self._pulls.refused(*args))
+        self._feed = self._driver.feed
+        self._pulls = Pulls(self.name, self._feed, self.core.new_id, self._driver.clock)
         self._lease_ends: dict[int, asyncio.Future[str]] = {}
+        self._promises: dict[bytes, asyncio.Future[ev.Promised]] = {}
         self._drained: asyncio.Event = asyncio.Event()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="pdc-background")
         self._populator = ThreadPoolExecutor(1, thread_name_prefix="pdc-populate")
         self._last_lease = 0
         self._read_only = ""  # a region that is
@@ -91,6 +89,7 @@ class Agent:
         if self._closing or self.address:
             raise LocalProtocolError(f"agent {self.name} was started before: make a new one")
         self._loop = asyncio.get_running_loop()
+        self._driver.start(self._loop)
         try:
             self._side_channel.start()
         except BaseException:
@@ -124,12 +123,9 @@ class Agent:
             for tag in self.core.reader.outstanding_tags():
                 self._feed(ev.Completed(tag, "cancelled"))
         self._closed = True
-        if self._tick is not None:
-            self._tick.cancel()
-        for executor in (self._populator, self._background):
-            await self._loop.run_in_executor(None, executor.shutdown)
+        await self._loop.run_in_executor(None, self._populator.shutdown)
+        await self._driver.close()
         await self._loop.run_in_executor(None, self._side_channel.close())
-        self._views.clear()
 
     # --- identity and memory ------------------------------------------------------------------------------------------
 
@@ -185,15 +181,15 @@ class Agent:
             raise LocalProtocolError("no memory to register: give at least one tensor, array or Region")
         plain = isinstance(layers, list | tuple) and isinstance(layers[0], Region)
         regions = list(layers) if plain else to_regions(layers)
-        self._grids = order_grids(regions)
-        layout = layout or describe_grids(self._grids)
-        check_layout(layout, self._grids)
-        self._pulls.planner = Planner(self._grids, layout)
+        grids = self._driver.grids = order_grids(regions)
+        layout = layout or describe_grids(grids)
+        check_layout(layout, grids)
+        self._pulls.planner = Planner(grids, layout)
         self._read_only = next((str(region) for region in regions if not region.writable), "")
-        self._views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
+        self._driver.views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
         for region in regions:
             self._populator.submit(region.populate, lambda: not self._closing)
-        self._courier = Courier(self.config, self.name, regions, self._loop, self._feed)
+        self._courier = self._driver.courier = Courier(self.config, self.name, regions, self._loop, self._feed)
         self.core.identity = replace(
             self.core.identity,
             layout=layout,
@@ -210,10 +206,14 @@ class Agent:
         tokens: int = 0,
         key: bytes = b"",
         seconds: float | None = None,
+        growing: bool = False,
+        capability: bytes = b"",
     ) -> Ticket:
         """Hold blocks (ids, or one list of ids per KV cache group) for readers and return the ticket they need.
 
-        The blocks must not change until the lease has ended (``lease_ended``). Raises LocalProtocolError.
+        The blocks must not change until the lease has ended (``lease_ended``). A ``growing`` lease begins with none,
+        and gets them by ``grow``; ``tokens`` and ``key`` say what it will hold. A ``capability`` of 16 secret bytes
+        that the reader has from elsewhere lets it ``expect`` the lease. Raises LocalProtocolError.
         """
         groups = tuple(tuple(ids.tolist()) for ids in block_groups(blocks))
         check_count("tokens", tokens)
@@ -224,15 +224,15 @@ class Agent:
             incarnation=self.incarnation,
             lease=self._last_lease,
             epoch=1,
-            capability=secrets.token_bytes(CAPABILITY_BYTES),
+            capability=capability or secrets.token_bytes(CAPABILITY_BYTES),
             blocks=groups,
             tokens=tokens,
             key=key,
         )
-        self.grant(ticket, readers=readers, seconds=seconds)
+        self.grant(ticket, readers=readers, seconds=seconds, growing=growing)
         return ticket
 
-    def grant(self, ticket: Ticket, *, readers: int = 1, seconds: float | None = None) -> None:
+    def grant(self, ticket: Ticket, *, readers: int = 1, seconds: float | None = None, growing: bool = False) -> None:
         """Hold the blocks of a ticket whose number, epoch and capability the engine chose itself.
 
         Lease numbers must ascend. Raises LocalProtocolError."""
@@ -240,34 +240,55 @@ class Agent:
         ticket.check()
         check_seconds("a lease", seconds)
         check_count("readers", readers)
+        check_bytes("capability", ticket.capability, CAPABILITY_BYTES)
         blocks = ticket.arrays()
-        planner = self._pulls.planner
-        for group, ids in enumerate(blocks):
-            if planner is not None and len(ids) and ids.max() >= (limit := planner.num_blocks(group)):
-                raise LocalProtocolError(f"block {ids.max()} cannot be leased: group {group} has {limit} blocks")
         event = ev.Grant(
             ticket.lease,
             ticket.epoch,
             ticket.capability,
-            {group: ids for group, ids in enumerate(blocks) if planner is None or planner.holds(group)},
+            self._leasable(blocks),
             readers,
             self.config.lease_seconds if seconds is None else seconds,
             max(seconds or 0, self.config.lease_cap_seconds),
-            ticket.terms(blocks),
+            b"" if growing else ticket.terms(blocks),
+            ev.Promise(ticket.tokens, ticket.key, len(blocks)),
+            growing,
         )
         if ticket.lease in self._lease_ends:
             raise LocalProtocolError(f"lease {ticket.lease} is held already")
         # Before the grant: a request that came earlier than it may end the lease within.
         self._lease_ends[ticket.lease] = self._loop.create_future()
         try:
-            self._handle(event)
+            self._driver.handle(event)
         except LocalProtocolError:
             del self._lease_ends[ticket.lease]
             raise
 
-    def end(self, lease: int, reason: str) -> None:
-        """Take leased blocks back: on return no verdict "held" can be given for them any more."""
-        self._feed(ev.End(lease, reason))
+    def _leasable(self, blocks: Sequence[npt.NDArray[np.uint32]]) -> dict[int, npt.NDArray[np.uint32]]:
+        planner = self._pulls.planner
+        for group, ids in enumerate(blocks):
+            if planner is not None and len(ids) and ids.max() >= (limit := planner.num_blocks(group)):
+                raise LocalProtocolError(f"block {ids.max()} cannot be leased: group {group} has {limit} blocks")
+        return {group: ids for group, ids in enumerate(blocks) if planner is None or planner.holds(group)}
+
+    def grow(self, ticket: Ticket, tokens: Sequence[int], *, complete: bool = False) -> None:
+        """A growing lease now has the ticket's blocks, of which the first ``tokens[g]`` tokens of each group g are
+        written and may be read; ``complete`` when these are all. Blocks are only added, tokens only rise. A lease that
+        has ended stays so. Raises LocalProtocolError."""
+        self._check_open()
+        blocks, ready = ticket.arrays(), tuple(check_list("tokens", tokens))
+        if len(ready) != len(blocks):
+            raise LocalProtocolError(f"the lease has {len(blocks)} groups, {len(ready)} counts of tokens were given")
+        for count in ready:
+            check_count("tokens", count)
+        self._driver.handle(
+            ev.Grow(ticket.lease, self._leasable(blocks), ready, complete, ticket.terms(blocks) if complete else b"")
+        )
+
+    def end(self, lease: int, reason: str, *, again: bool = False) -> None:
+        """Take leased blocks back: on return no verdict "held" can be given for them any more. ``again``: the same
+        number will be granted under the next epoch, and whoever follows the lease waits for it."""
+        self._feed(ev.End(lease, reason, again))
 
     def extend(self, lease: int) -> None:
         self._feed(ev.Extend(lease))
@@ -290,6 +311,7 @@ class Agent:
         priority: int = 0,
         timeout: float | None = None,
         by_layer: bool = False,
+        follow: bool = False,
         on_end: Callable[[ev.TransferEnded], None] | None = None,
         on_part: Callable[[int], None] | None = None,
     ) -> int:
@@ -300,6 +322,10 @@ class Agent:
         ``partial`` as many as ids are given. With ``tokens``, a range (first, behind the last) per group, they are for
         these tokens instead, beginning with the block that holds the first: so the owner's block size may be another.
         A range that ends with the ticket's tokens is read to the end of its last block.
+
+        ``follow`` reads under a growing lease (a ticket without blocks) what becomes ready, as it does: it needs
+        ``tokens``, ``timeout`` is for each wait, ``on_part`` gets the token up to which the first group may be used,
+        and should it fail, ``failed_blocks`` are those behind that.
         Raises LocalProtocolError for ids that do not fit."""
         planner = self._pulls.planner
         if planner is None:
@@ -308,13 +334,17 @@ class Agent:
         check_seconds("a pull", timeout)
         if self._read_only:
             raise LocalProtocolError(f"{self._read_only} is registered read-only memory: nothing can be pulled into it")
+        if follow and (tokens is None or by_layer):
+            raise LocalProtocolError("a growing lease is followed by token ranges: give tokens, and not by_layer")
         source = ticket.arrays()
         demands = planner.demand(
             source, block_groups(blocks), skip_blocks=skip_blocks, partial=partial, tokens=tokens, held=ticket.tokens
         )
-        deadline = self._clock() + (self.config.transfer_timeout_seconds if timeout is None else timeout)
-        order = Order(ticket, ticket.terms(source), demands, by_layer, priority, self.config.audit, deadline)
-        return self._pulls.start(order, on_end, on_part, self._handle)
+        timeout = self.config.transfer_timeout_seconds if timeout is None else timeout
+        deadline = self._driver.clock() + timeout
+        terms = b"" if follow else ticket.terms(source)
+        order = Order(ticket, terms, demands, by_layer, priority, self.config.audit, timeout, deadline, follow)
+        return self._pulls.start(order, on_end, on_part, self._driver.handle)
 
     def abort(self, number: int, reason: str = "aborted by the caller") -> None:
         """End a pull; its TransferEnded note follows once its destination is quiet. Late calls are harmless."""
@@ -366,6 +396,35 @@ class Agent:
         """Tell the owner that this reader (``whole``: nobody) will read under the ticket."""
         self._feed(ev.Forgo(ticket, "" if whole else self.name))
 
+    async def expect(self, address: str, capability: bytes, seconds: float | None = None) -> Ticket:
+        """Wait for the lease that the agent at ``address`` grants under a capability: its ticket, without blocks.
+
+        Raises PeerLost, saying why there is none."""
+        future: asyncio.Future[ev.Promised] = self._loop.create_future()
+        self._promises[capability] = future
+        self.start_expecting(address, capability, seconds)
+        try:
+            note = await future
+        finally:
+            self._promises.pop(capability, None)
+            self.disclaim(address, capability)
+        if note.ticket is None:
+            raise PeerLost(f"the agent at {address} leases nothing under this capability: {note.reason}")
+        return note.ticket
+
+    def start_expecting(self, address: str, capability: bytes, seconds: float | None = None) -> None:
+        """As ``expect``; a Promised note has the answer. Raises LocalProtocolError."""
+        self._check_open()
+        check_bytes("capability", capability, CAPABILITY_BYTES)
+        check_seconds("waiting for a lease", seconds)
+        if not ADDRESS.fullmatch(address):
+            raise LocalProtocolError(f"{address[:200]!r} is not tcp://HOST:PORT or tcp://HOST:PORT#KEY")
+        self._feed(ev.Expect(address, capability, self.config.transfer_timeout_seconds if seconds is None else seconds))
+
+    def disclaim(self, address: str, capability: bytes, *, renounce: bool = False) -> None:
+        """Expect it no more; ``renounce``: also tell the owner that nobody will read under it, now or later."""
+        self._feed(ev.Disclaim(address, capability, renounce))
+
     def keep(self, ticket: Ticket) -> None:
         """Renew a ticket's lease until ``drop``, a pull's end is up to the caller. TicketLost tells when it is over."""
         self._feed(ev.Keep(ticket, self.config.lease_cap_seconds))
@@ -377,7 +436,7 @@ class Agent:
 
     def counters(self) -> Counter[str]:
         """Monotonic counts of everything that happened to this agent."""
-        total = self.core.counters + self._side_channel.counters + self._failures
+        total = self.core.counters + self._side_channel.counters + self._driver.failures
         return total + self._courier.counters() if self._courier is not None else total
 
     def gauges(self) -> dict[str, int]:
@@ -397,88 +456,10 @@ class Agent:
         self._hangup_if_unused(address)
 
     def _hangup_if_unused(self, address: str) -> None:
-        """Releases and renewals are sent without a session; nobody else would ever hang up."""
+        """Releases, renewals and questions are sent without a session; nobody else would ever hang up."""
         if address not in self.core.reader.dialer.sessions:
             self._side_channel.hangup(address)
-
-    def _feed(self, event: ev.Event) -> None:
-        """Handle an event that cannot be refused, now or after the ones being handled."""
-        if self._closed:
-            return
-        self._events.append(event)
-        if self._handling:
-            return
-        self._handling = True
-        try:
-            while self._events:
-                self._take(self._events.popleft())
-        finally:
-            self._handling = False
-            self._schedule()
-
-    def _take(self, event: ev.Event) -> None:
-        try:
-            self._execute(self.core.handle(event, self._clock()))
-        except LocalProtocolError as error:
-            if not isinstance(event, ev.Pull):
-                raise
-            self._pulls.refused(event, error)
-
-    def _clock(self) -> float:
-        return self._loop.time()
-
-    def _handle(self, event: ev.Meet | ev.Grant) -> None:
-        """Handle a local call that may be refused: raises what the core raises."""
-        if self._closed:
-            raise LocalProtocolError("this agent is closed")
-        if self._handling:
-            raise LocalProtocolError("leases and pulls cannot be started inside on_note; schedule them on the loop")
-        self._handling = True
-        try:
-            self._execute(self.core.handle(event, self._clock()))
-        finally:
-            self._handling = False
-        self._feed(ev.Tick())
-
-    def _schedule(self) -> None:
-        if self._tick is not None:
-            self._tick.cancel()
-            self._tick = None
-        deadline = self.core.next_deadline()
-        if deadline is not None and not self._closed:
-            self._tick = self._loop.call_at(deadline, self._feed, ev.Tick())
-
-    def _execute(self, commands: list[ev.Command]) -> None:
-        """Carry commands out in order. One that fails costs itself alone: behind it may stand the end of a lease."""
-        for command in commands:
-            try:
-                self._carry_out(command)
-            except Exception:
-                self._failures["commands_failed"] += 1
-                logger.exception("%s failed", type(command).__name__)
-
-    def _carry_out(self, command: ev.Command) -> None:
-        match command:
-            case ev.Send(route, message):
-                self._side_channel.send_message(route, message)
-            case ev.Hangup(route):
-                self._side_channel.hangup(route)
-            case ev.DigestBlocks():
-                self._loop.create_task(self._digest(command))
-            case ev.Notify(note):
-                self._note(note)
-            case _:
-                if self._courier is not None:
-                    self._courier.carry_out(command, self.core.new_id)
-
-    async def _digest(self, command: ev.DigestBlocks) -> None:
-        args = (self._views, self._grids, command.sides)
-        try:
-            digests: bytes | None = await self._loop.run_in_executor(self._background, digest_blocks, *args)
-        except Exception as error:  # whatever it is, whoever asked must get an answer
-            logger.warning("digest of what %d plans read failed: %s", len(command.sides), error)
-            digests = None
-        self._feed(ev.Digested(command.job, digests))
+            self._feed(ev.Disconnected(address, "nobody answers there"))
 
     def _note(self, note: ev.Note) -> None:
         match note:
@@ -486,8 +467,13 @@ class Agent:
                 self._pulls.met(note)
             case ev.TransferEnded():
                 self._pulls.ended(note)
+            case ev.BlocksReady():
+                self._pulls.ready(note)
             case ev.PartConfirmed():
                 self._pulls.confirmed(note)
+            case ev.Promised(capability):
+                if (promised := self._promises.get(capability)) is not None and not promised.done():
+                    promised.set_result(note)
             case ev.LeaseEnded(number, _, reason):
                 future = self._lease_ends.pop(number, None)
                 if future is not None and not future.done():

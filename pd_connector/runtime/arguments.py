@@ -43,10 +43,11 @@ def check_range(value: Any) -> tuple[int, int]:
     return int(bounds[0]), int(bounds[1])
 
 
-def check_bytes(name: str, value: object) -> None:
-    """Raises LocalProtocolError unless it is bytes."""
-    if not isinstance(value, bytes):
-        raise LocalProtocolError(f"{name} must be bytes, got {value!r}")
+def check_bytes(name: str, value: object, length: int | None = None) -> None:
+    """Raises LocalProtocolError unless it is bytes, and so many. Does not repeat them: they may be secret."""
+    if not isinstance(value, bytes) or (length is not None and len(value) != length):
+        kind = "bytes" if length is None else f"{length} bytes"
+        raise LocalProtocolError(f"{name} must be {kind}, got a {type(value).__name__} of another kind or length")
 
 
 def block_groups(blocks: Sequence[int] | Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.uint32], ...]:

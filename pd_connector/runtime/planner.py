@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +160,28 @@ class Planner:
             layers = self._layers(parts) if by_layer else (0,)
             out.append(Leg(rank, owner.duties.readers[rank], tuple(parts), layers))
         return out, unread
+
+    def followed(
+        self, owners: Sequence[Endpoint], demands: Sequence[Demand]
+    ) -> tuple[list[Leg], dict[int, int], list[int]]:
+        """As ``legs`` for a lease that grows, of whose blocks nothing is known: the legs have no parts. And the units
+        of tokens, per group, whose ends are ends of blocks on both sides."""
+        theirs = owners[0].layout.groups
+        mine = self.layout.groups
+        units = [math.lcm(mine[g].block_tokens, theirs[g].block_tokens) for g in range(len(demands))]
+        counts = [-(-demand.last // units[g]) * units[g] // theirs[g].block_tokens for g, demand in enumerate(demands)]
+        some = [
+            replace(demand, source=np.arange(count, dtype=np.uint32))
+            for demand, count in zip(demands, counts, strict=True)
+        ]
+        legs, unread = self.legs(owners, some, False)
+        return [replace(leg, parts=()) for leg in legs], unread, units
+
+    def part(self, owners: Sequence[Endpoint], rank: int, demands: Sequence[Demand]) -> tuple[CopyPlan, ...]:
+        """What to read from one of the ranks."""
+        resharding = self._owner(owners).reshardings[rank]
+        plans = [plan for g, demand in enumerate(demands) for plan in self._plans(resharding, g, demand)]
+        return tuple(plan for plan in plans if plan.num_blocks and plan.patterns)
 
     def _plans(self, resharding: Resharding, group: int, demand: Demand) -> list[CopyPlan]:
         first, last, start = demand.first, demand.last, demand.start

@@ -2,6 +2,9 @@
 
 A pull is done when all its transfers are: a block may be used only when every rank that it was read from said that the
 lease was held. When one fails, the others are ended, and the pull ends when the last of them is quiet.
+
+A pull that follows a growing lease plans as the owner's ranks say what is ready. When its lease ends because the owner
+has to compute the blocks again, it follows the next epoch from what is confirmed on.
 """
 
 from __future__ import annotations
@@ -10,17 +13,21 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from pd_connector.errors import LayoutMismatch, LocalProtocolError, PDError, TransferFailed
+from pd_connector.errors import LayoutMismatch, LeaseExpired, LocalProtocolError, PDError, TransferFailed
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.messages import Endpoint
 from pd_connector.protocol.ticket import Ticket
+from pd_connector.runtime.following import Following
 from pd_connector.runtime.planner import Demand, Leg, Planner
 
 logger = logging.getLogger(__name__)
+
+_MAX_EPOCHS = 16
+"""How often an owner may begin anew before a pull that follows it gives up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,9 @@ class Order:
     by_layer: bool
     priority: int
     audit: bool
+    timeout: float
     deadline: float
+    follow: bool = False
 
 
 @dataclass(slots=True)
@@ -49,6 +58,12 @@ class _Pull:
     waiting: Counter[int] = field(default_factory=Counter)
     """Per layer (or for the one part), transfers that have not confirmed it."""
     stats: list[ev.TransferStats] = field(default_factory=list)
+    owners: tuple[Endpoint, ...] = ()
+    following: Following | None = None
+    again: int = 0
+    """How often the lease was to be followed under another epoch."""
+    ending: bool = False
+    """The transfers of the epoch that has ended are brought to their ends."""
     met_at: float = 0.0
     outcome: str = "done"
     error: PDError | None = None
@@ -103,13 +118,20 @@ class Pulls:
 
     def met(self, note: ev.Met) -> None:
         pull = self._pulls[note.meeting]
-        pull.met_at = self._clock()
+        pull.met_at, pull.owners = self._clock(), note.ranks
         if note.error is not None:
             self._fail(pull, note.error)
-            return
+        else:
+            self._begin(pull)
+
+    def _begin(self, pull: _Pull) -> None:
         try:
             assert self.planner is not None, "memory is registered before anything is pulled"
-            legs, unread = self.planner.legs(note.ranks, pull.order.demands, pull.order.by_layer)
+            units: list[int] = []
+            if pull.order.follow:
+                legs, unread, units = self.planner.followed(pull.owners, pull.order.demands)
+            else:
+                legs, unread = self.planner.legs(pull.owners, pull.order.demands, pull.order.by_layer)
         except (LayoutMismatch, LocalProtocolError) as error:
             self._fail(pull, error)
             return
@@ -119,7 +141,7 @@ class Pulls:
                 pull, TransferFailed(f"{pull.order.ticket!r} cannot be planned: {type(error).__name__}: {error}")
             )
             return
-        addresses = {endpoint.rank: endpoint for endpoint in note.ranks}
+        addresses = {endpoint.rank: endpoint for endpoint in pull.owners}
         for rank, readers in unread.items():
             self._forgo(pull.order.ticket, addresses[rank], readers)
         if not legs:  # of what this rank holds nothing was asked for
@@ -127,23 +149,45 @@ class Pulls:
         pull.waiting.update(itertools.chain(*(leg.layers for leg in legs)))
         for leg in legs:
             pull.legs[self._new_id()] = leg
+        if pull.order.follow:
+            pull.following = Following(pull.order.demands, units, pull.legs)
         for transfer, leg in list(pull.legs.items()):
             self._transfers[transfer] = pull
             self._feed(self._order(transfer, leg, pull))
 
     def _order(self, transfer: int, leg: Leg, pull: _Pull) -> ev.Pull:
         order = pull.order
-        left = max(order.deadline - self._clock(), 0.001)
-        return ev.Pull(
-            transfer, order.ticket, leg.parts, left, leg.rank, leg.readers, order.priority, order.audit, order.terms
-        )
+        left = order.timeout if order.follow else max(order.deadline - self._clock(), 0.001)
+        claim = leg.rank, leg.readers, order.priority, order.audit, order.terms, order.follow
+        return ev.Pull(transfer, order.ticket, leg.parts, left, *claim)
 
     def _forgo(self, ticket: Ticket, rank: Endpoint, readers: int) -> None:
         there = msgspec.structs.replace(ticket, address=rank.address, incarnation=rank.incarnation)
         self._feed(ev.Forgo(there, self._reader, readers))
 
+    def ready(self, note: ev.BlocksReady) -> None:
+        """More can be read from one rank."""
+        pull = self._transfers[note.transfer]
+        assert pull.following is not None
+        assert self.planner is not None
+        try:
+            demands = pull.following.more(note)
+            part = self.planner.part(pull.owners, pull.legs[note.transfer].rank, demands)
+        except Exception as error:  # whatever a peer says it has
+            cause = error if isinstance(error, PDError) else TransferFailed(f"{type(error).__name__}: {error}")
+            self._fail(pull, cause)
+        else:
+            self._feed(ev.Append(note.transfer, part, note.complete))
+
     def confirmed(self, note: ev.PartConfirmed) -> None:
         pull = self._transfers[note.transfer]
+        if pull.following is not None:
+            before = pull.following.usable[0]
+            pull.following.confirmed(note.transfer, note.part)
+            usable = pull.following.usable[0]
+            if usable > before and pull.outcome == "done" and pull.on_part is not None:
+                pull.on_part(usable)
+            return
         layer = pull.legs[note.transfer].layers[note.part]
         pull.waiting[layer] -= 1
         if not pull.waiting[layer] and pull.outcome == "done" and pull.on_part is not None:
@@ -153,10 +197,27 @@ class Pulls:
         pull = self._transfers.pop(note.transfer)
         del pull.legs[note.transfer]
         pull.stats.append(note.stats)
-        if note.outcome != "done":
+        again = pull.following is not None and isinstance(note.error, LeaseExpired) and note.error.again
+        if again and pull.outcome == "done" and pull.again < _MAX_EPOCHS and not pull.ending:
+            pull.ending = True
+            for transfer in pull.legs:
+                self._feed(ev.Abort(transfer, "the owner computes the blocks again"))
+        if pull.ending and pull.outcome == "done":
+            if not pull.legs:
+                self._follow_again(pull)
+        elif note.outcome != "done":
             self._fail(pull, note.error, note.outcome)
         elif not pull.legs:
             self._finish(pull)
+
+    def _follow_again(self, pull: _Pull) -> None:
+        assert pull.following is not None
+        pull.ending = False
+        pull.again += 1
+        order = pull.order
+        ticket = msgspec.structs.replace(order.ticket, epoch=order.ticket.epoch + 1)
+        pull.order = replace(order, ticket=ticket, demands=pull.following.rest())
+        self._begin(pull)
 
     def refused(self, event: ev.Pull, error: LocalProtocolError) -> None:
         """The core did not start a transfer."""
@@ -182,10 +243,15 @@ class Pulls:
         if pull.starting and isinstance(pull.error, LocalProtocolError):
             return  # whoever starts it is told by raising
         done = pull.outcome == "done"
-        failed = set() if done else {block for demand in pull.order.demands for block in demand.target.tolist()}
+        failed = set() if done else self._lost_blocks(pull)
         note = ev.TransferEnded(pull.number, pull.outcome, pull.error, tuple(sorted(failed)), self._stats(pull))
         if pull.on_end is not None:
             pull.on_end(note)
+
+    def _lost_blocks(self, pull: _Pull) -> set[int]:
+        if pull.following is None or self.planner is None:
+            return {block for demand in pull.order.demands for block in demand.target.tolist()}
+        return pull.following.lost_blocks([group.block_tokens for group in self.planner.layout.groups])
 
     def _stats(self, pull: _Pull) -> ev.TransferStats:
         """Of all transfers together: they ran side by side, so the slowest counts."""

@@ -16,6 +16,7 @@ from pd_connector.errors import LocalProtocolError
 from pd_connector.plan import CopyPlan, Pattern, coalesce
 from pd_connector.protocol.events import (
     Abort,
+    BlocksReady,
     Close,
     Drained,
     Drop,
@@ -29,13 +30,15 @@ from pd_connector.protocol.events import (
     LeaseRenewed,
     Note,
     PartConfirmed,
+    Promised,
     Pull,
     TicketLost,
     TransferEnded,
 )
 from pd_connector.protocol.ticket import Ticket
+from pd_connector.testing.sim_growth import Growth
 from pd_connector.testing.sim_script import HandOver, Read
-from pd_connector.testing.sim_truth import Cell, Holding, Piece, Violation, Watch
+from pd_connector.testing.sim_truth import Cell, Holding, Violation, Watch, pieces_of
 
 if TYPE_CHECKING:
     from pd_connector.testing.sim_node import Node
@@ -51,6 +54,11 @@ class Lease:
     epoch: int
     holding: Holding
     open: set[Node] = field(default_factory=set)
+
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Its blocks per KV cache group."""
+        rest = iter(self.holding.blocks)
+        return tuple(tuple(next(rest) for _ in range(count)) for count in self.op.blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,8 +82,8 @@ class Fetch:
 
 class Engine:
     def __init__(self, world: World, instance: int, ranks: list[Node], speaker: Node | None) -> None:
-        self._world = world
-        self._instance = instance
+        self.world = world
+        self.instance = instance
         self.ranks = ranks
         self.speaker = speaker
         self.front = speaker or ranks[0]
@@ -88,18 +96,19 @@ class Engine:
         self._numbers = 0
         self._leases: dict[tuple[int, int], Lease] = {}
         self._pulls: dict[tuple[Node, int], tuple[Fetch, Watch]] = {}
+        self.growth = Growth(self)
 
-    def _rng(self, *purpose: object) -> random.Random:
-        return random.Random(f"{self._world.script.seed}/engine/{self._instance}/{purpose}")
+    def rng(self, *purpose: object) -> random.Random:
+        return random.Random(f"{self.world.script.seed}/engine/{self.instance}/{purpose}")
 
-    def _later(self, delay: float, what: object, *args: object) -> None:
+    def later(self, delay: float, what: object, *args: object) -> None:
         """Call later, unless this engine died meanwhile; a frozen one does nothing before it thaws."""
-        self._world.at(self._world.now + delay, self._if_alive, what, args)
+        self.world.at(self.world.now + delay, self._if_alive, what, args)
 
     def _if_alive(self, what: object, args: tuple[object, ...]) -> None:
         thaw = self.front.frozen_until
-        if not self.dead and thaw > self._world.now:
-            self._world.at(thaw, self._if_alive, what, args)
+        if not self.dead and thaw > self.world.now:
+            self.world.at(thaw, self._if_alive, what, args)
         elif not self.dead:
             what(*args)  # type: ignore[operator]
 
@@ -108,10 +117,10 @@ class Engine:
 
     # --- blocks -------------------------------------------------------------------------------------------------------
 
-    def _take(self, name: str, count: int) -> Holding | None:
+    def take(self, name: str, count: int) -> Holding | None:
         if count > len(self.free):
             return None
-        self._rng("take", name).shuffle(self.free)
+        self.rng("take", name).shuffle(self.free)
         blocks, self.free = tuple(self.free[:count]), self.free[count:]
         return self._hold(name, blocks)
 
@@ -126,29 +135,29 @@ class Engine:
     def _write(self, node: Node, holding: Holding) -> None:
         for row in node.memory:
             for block in holding.blocks:
-                row[block] = self._world.truth.new_content()
+                row[block] = self.world.truth.new_content()
 
     def _free(self, holding: Holding) -> None:
         """The blocks are nobody's; mostly the next request has them, and writes, in the same instant."""
-        self._world.truth.free(holding)
+        self.world.truth.free(holding)
         self._holdings.discard(holding)
         for block in holding.blocks:
             self.holder[block] = None
-        rng = self._rng("reuse", holding.name)
+        rng = self.rng("reuse", holding.name)
         if holding.name.startswith("reuse") or rng.random() < 0.2:
             self.free.extend(holding.blocks)
             return
         reuse = self._hold(f"reuse of {holding.name}", holding.blocks)
         for node in self.ranks:
             self._write(node, reuse)
-        self._later(rng.expovariate(20.0), self._free, reuse)
+        self.later(rng.expovariate(20.0), self._free, reuse)
 
     # --- owning -------------------------------------------------------------------------------------------------------
 
     def hand_over(self, op: HandOver) -> None:
-        holding = self._take(f"{op.name}.1", sum(op.blocks))
+        holding = self.take(f"{op.name}.1", sum(op.blocks))
         if holding is None:
-            self._world.count("hand-overs without blocks")
+            self.world.count("hand-overs without blocks")
             return
         self._numbers += 1
         self._lease(op, self._numbers, 1, holding)
@@ -156,20 +165,26 @@ class Engine:
     def _lease(self, op: HandOver, number: int, epoch: int, holding: Holding) -> None:
         lease = Lease(op, number, epoch, holding, set(self.nodes()))
         self._leases[number, epoch] = lease
-        for node in self.ranks:
-            self._write(node, holding)
-        promised = tuple(
-            {(grid, block): node.memory[grid][block] for grid in range(len(node.memory)) for block in holding.blocks}
-            for node in self.ranks
-        )
-        capability = self._capability(number)
-        rest = iter(holding.blocks)
-        blocks = tuple(tuple(next(rest) for _ in range(count)) for count in op.blocks)
+        grows = op.growth is not None
+        promised: tuple[dict[Cell, int], ...] = tuple({} for _ in self.ranks)
+        for node, cells in zip(self.ranks, promised, strict=True):
+            if not grows:
+                self._write(node, holding)
+                cells.update(
+                    ((grid, block), row[block]) for grid, row in enumerate(node.memory) for block in holding.blocks
+                )
+        capability = self._capability(number) if not grows else self._promised(op)
+        blocks = lease.groups()
         for node in self.nodes():
             seconds = op.cap if node is self.speaker else op.seconds
-            leased = {} if node is self.speaker else dict(enumerate(blocks))
-            grant = Grant(number, epoch, capability, leased, len(op.reads), seconds, op.cap)
+            leased = {} if node is self.speaker or grows else dict(enumerate(blocks))
+            promise = self.growth.promise(lease) if grows and node is self.front else None
+            growing = grows and node is not self.speaker
+            limits = (len(op.reads), seconds, op.cap)
+            grant = Grant(number, epoch, capability, leased, *limits, promise=promise, growing=growing)
             node.call(grant, op.grant_after)
+        if grows:
+            self.later(op.growth or 0.0, self.growth.grow, lease, promised)
         ticket = Ticket(
             address=self.front.address,
             incarnation=self.front.incarnation,
@@ -182,32 +197,36 @@ class Engine:
         offer = Offer(ticket, promised, holding)
         for index, read in enumerate(op.reads):
             name = f"{op.name}.{epoch}/{index}"
-            self._world.later(read.ticket_after, self._world.deliver, read, name, offer)
+            self.world.later(read.ticket_after, self.world.deliver, read, name, offer)
         if op.extend_every is not None:
-            self._later(op.extend_every, self._extend, lease)
+            self.later(op.extend_every, self._extend, lease)
         if op.end_after is not None and epoch == 1:
-            self._later(op.end_after, self._take_back, lease)
+            self.later(op.end_after, self._take_back, lease)
 
     def _capability(self, number: int) -> bytes:
-        who = self.front.name if self._world.script.rules.same_capabilities else f"{self.front.incarnation:x}"
-        return random.Random(f"{self._world.script.seed}/capability/{who}/{number}").randbytes(16)
+        who = self.front.name if self.world.script.rules.same_capabilities else f"{self.front.incarnation:x}"
+        return random.Random(f"{self.world.script.seed}/capability/{who}/{number}").randbytes(16)
+
+    def _promised(self, op: HandOver) -> bytes:
+        """A broker makes a new one for each hand-over: that is what it is known by."""
+        return random.Random(f"{self.world.script.seed}/capability/{op.name}").randbytes(16)
 
     def _extend(self, lease: Lease) -> None:
         if lease.open:
             for node in lease.open & set(self.ranks):
                 node.call(Extend(lease.number))
-            self._later(lease.op.extend_every or 1.0, self._extend, lease)
+            self.later(lease.op.extend_every or 1.0, self._extend, lease)
 
     def _take_back(self, lease: Lease) -> None:
         for node in lease.open:
-            node.call(End(lease.number, "preempted"))
+            node.call(End(lease.number, "preempted", lease.op.resume and lease.epoch == 1))
 
     def _ended_at(self, lease: Lease, node: Node) -> None:
         if node not in lease.open:
             raise Violation("lease ended twice", f"{lease.op.name} at {node.name}")
         lease.open.discard(node)
         if node is self.speaker:
-            self._world.later(0.002, self._take_back, lease)
+            self.world.later(0.002, self._take_back, lease)
         elif not lease.open & set(self.ranks):
             self._free(lease.holding)
             if self.speaker in lease.open:
@@ -215,23 +234,26 @@ class Engine:
         if not lease.open:
             del self._leases[lease.number, lease.epoch]
             if lease.op.resume and lease.epoch == 1:
-                self._later(0.02, self._resume, lease)
+                self.later(0.02, self._resume, lease)
 
     def _resume(self, lease: Lease) -> None:
-        if (holding := self._take(f"{lease.op.name}.2", sum(lease.op.blocks))) is not None:
+        if (holding := self.take(f"{lease.op.name}.2", sum(lease.op.blocks))) is not None:
             self._lease(lease.op, lease.number, 2, holding)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def receive(self, read: Read, name: str, offer: Offer) -> None:
         """A request with a ticket arrives; it may wait in the queue, its lease kept, before it is scheduled."""
+        if read.follow:
+            self.growth.receive(read, name, offer)
+            return
         if read.forge:
             offer = _falsified(offer, read.forge)
         if read.keep is None:
             self._start(read, name, offer, 20)
         else:
             self.front.call(Keep(offer.ticket, 2 * read.keep + 0.1))
-            self._later(read.keep, self._scheduled, read, name, offer)
+            self.later(read.keep, self._scheduled, read, name, offer)
 
     def _scheduled(self, read: Read, name: str, offer: Offer) -> None:
         if read.forgo:
@@ -243,39 +265,48 @@ class Engine:
 
     def _start(self, read: Read, name: str, offer: Offer, patience: int) -> None:
         count = sum(len(blocks) for blocks in offer.ticket.blocks)
-        holding = self._take(f"{name} at {self._instance}", count)
+        holding = self.take(f"{name} at {self.instance}", count)
         if holding is None:
             if patience:
-                self._later(0.1, self._start, read, name, offer, patience - 1)
+                self.later(0.1, self._start, read, name, offer, patience - 1)
             else:
-                self._world.count("reads without blocks")
+                self.world.count("reads without blocks")
                 self.front.call(Forgo(offer.ticket))
             return
-        owners = len(offer.promised)
-        legs = [
-            (node, rank, leg) for rank, node in enumerate(self.ranks) for leg in _legs(rank, len(self.ranks), owners)
-        ]
-        fetch = Fetch(name, holding, len(legs))
-        for node, rank, (owner, share) in legs:
+        legs = list(self.legs(len(offer.promised)))
+        fetch = self.fetch(name, holding, len(legs))
+        for node, rank, owner, share in legs:
             self._pull(read, offer, fetch, node, f"{name}.r{rank}.{owner}", owner, share)
         if read.again_after is not None:
             again = replace(read, again_after=None, keep=None, forge="")
             if not read.forge:
-                self._later(read.again_after, self._start, again, f"{name}again", offer, 3)
+                self.later(read.again_after, self._start, again, f"{name}again", offer, 3)
+
+    def legs(self, owners: int) -> Iterator[tuple[Node, int, int, tuple[int, int]]]:
+        """Which of our ranks reads from which owner rank, and its share of the grids from it."""
+        for rank, node in enumerate(self.ranks):
+            for owner, share in _legs(rank, len(self.ranks), owners):
+                yield node, rank, owner, share
+
+    def fetch(self, name: str, holding: Holding, pulls: int) -> Fetch:
+        return Fetch(name, holding, pulls)
+
+    def watch(self, node: Node, number: int, fetch: Fetch, watch: Watch) -> None:
+        self._pulls[node, number] = (fetch, watch)
+        self.world.count("pulls")
 
     def _pull(
         self, read: Read, offer: Offer, fetch: Fetch, node: Node, name: str, owner: int, share: tuple[int, int]
     ) -> None:
         parts = tuple(self._parts(offer.ticket, fetch.holding, read.layerwise, share)) or ((),)
-        pieces = tuple(tuple(piece for plan in part for piece in _pieces(plan)) for part in parts)
+        pieces = [tuple(piece for plan in part for piece in pieces_of(plan)) for part in parts]
         forged = bool(read.forge)
         watch = Watch(name, pieces, offer.promised[owner], None if forged else offer.holding, read.audit)
         number = node.core.new_id()
         for index, part in enumerate(parts):
             for plan in part:
-                node.plans[id(plan)] = (watch, index, tuple(_pieces(plan)))
-        self._pulls[node, number] = (fetch, watch)
-        self._world.count("pulls")
+                node.plans[id(plan)] = (watch, index, tuple(pieces_of(plan)))
+        self.watch(node, number, fetch, watch)
         readers = max(1, -(-(len(self.ranks) - owner) // len(offer.promised)))
         pull = Pull(number, offer.ticket, parts, read.timeout, owner, readers, read.priority, read.audit)
         node.call(pull)
@@ -290,7 +321,7 @@ class Engine:
         for group, source in enumerate(ticket.blocks):
             target, rest = rest[: len(source)], rest[len(source) :]
             runs = coalesce(source, target)
-            grids = range(grid, grid + self._world.script.rules.grids[group])
+            grids = range(grid, grid + self.world.script.rules.grids[group])
             grid = grids.stop
             patterns = tuple(Pattern(one, one, 0, 0, 64) for one in grids if one % share[1] == share[0])
             if layerwise:
@@ -306,9 +337,9 @@ class Engine:
         if (node, note.transfer) not in self._pulls:
             raise Violation("unknown transfer ended", f"{note.transfer} at {node.name}")
         fetch, watch = self._pulls[node, note.transfer]
-        self._world.truth.ended(watch, note.outcome, node.memory)
-        calm = self._world.script.rules.calm
-        self._world.count("calm transfers" if calm else f"transfers {note.outcome}")
+        self.world.truth.ended(watch, note.outcome, node.memory)
+        calm = self.world.script.rules.calm
+        self.world.count("calm transfers" if calm else f"transfers {note.outcome}")
         if calm and note.outcome != "done":
             raise Violation("no progress", f"{watch.name} ended {note.outcome} in a calm world: {note.error}")
         self._quiet(fetch)
@@ -324,10 +355,14 @@ class Engine:
         match note:
             case TransferEnded():
                 self._ended_pull(node, note)
+            case BlocksReady():
+                self.growth.more(node, note)
+            case Promised():
+                self.growth.promised(note)
             case PartConfirmed(transfer, part):
                 if (node, transfer) not in self._pulls:
                     raise Violation("unknown transfer confirmed", f"{transfer} at {node.name}")
-                self._world.truth.confirmed(self._pulls[node, transfer][1], part, node.memory)
+                self.world.truth.confirmed(self._pulls[node, transfer][1], part, node.memory)
             case LeaseEnded(number, epoch):
                 lease = self._leases.get((number, epoch))
                 if lease is None:
@@ -338,7 +373,7 @@ class Engine:
                     for rank in lease.open & set(self.ranks):
                         rank.call(Extend(number), 0.002)
             case TicketLost():
-                self._world.count("tickets lost")
+                self.world.count("tickets lost")
             case Drained():
                 self.drained += 1
                 if self.drained > len(self.nodes()):
@@ -346,7 +381,7 @@ class Engine:
 
     def refused(self, node: Node, event: Event, error: LocalProtocolError) -> None:
         """A local call broke a rule of the library, or one of its bounds."""
-        self._world.count("local calls refused")
+        self.world.count("local calls refused")
         if isinstance(event, Grant):
             lease = self._leases[event.number, event.epoch]
             self._ended_at(lease, node)
@@ -354,7 +389,7 @@ class Engine:
         elif isinstance(event, Pull):
             fetch, watch = self._pulls.pop((node, event.transfer))
             watch.outcome = "refused"
-            if self._world.script.rules.calm:
+            if self.world.script.rules.calm:
                 raise Violation("no progress", f"{watch.name} was refused in a calm world: {error}")
             self._quiet(fetch)
         else:
@@ -372,14 +407,14 @@ class Engine:
         for node in self.nodes():
             node.die()
         for holding in self._holdings:
-            holding.freed = self._world.truth.tick()
+            holding.freed = self.world.truth.tick()
 
     def check_idle(self) -> None:
         if self._holdings or self._leases:
             names = [holding.name for holding in self._holdings] + [lease.op.name for lease in self._leases.values()]
-            raise Violation("unfinished", f"instance {self._instance} still holds {', '.join(names)}")
+            raise Violation("unfinished", f"instance {self.instance} still holds {', '.join(names)}")
         if running := [watch.name for _, watch in self._pulls.values() if not watch.outcome]:
-            raise Violation("unfinished", f"instance {self._instance} still pulls {', '.join(running)}")
+            raise Violation("unfinished", f"instance {self.instance} still pulls {', '.join(running)}")
         for node in self.nodes():
             node.check_idle()
 
@@ -392,13 +427,6 @@ def _legs(rank: int, readers: int, owners: int) -> Iterator[tuple[int, tuple[int
     mine = range(rank, owners, readers)
     for index, owner in enumerate(mine):
         yield owner, (index, len(mine))
-
-
-def _pieces(plan: CopyPlan) -> Iterator[Piece]:
-    for pattern in plan.patterns:
-        for source, target, count in plan.runs.tolist():
-            for n in range(count):
-                yield Piece((pattern.src_grid, source + n), (pattern.dst_grid, target + n))
 
 
 def _falsified(offer: Offer, what: str) -> Offer:

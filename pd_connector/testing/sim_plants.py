@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 from pd_connector.errors import ConfigError
 from pd_connector.protocol.core import Core
-from pd_connector.protocol.events import TransferEnded
+from pd_connector.protocol.events import Append, TransferEnded
 from pd_connector.protocol.lease import Answer
 from pd_connector.protocol.messages import Commit, Opened, Refused, Verdict
 from pd_connector.protocol.owner import LeaseRequest, Owner
@@ -42,7 +43,10 @@ def commit_after_epoch_end() -> Iterator[None]:
     not_held = Owner._not_held
 
     def planted(self: Owner, route: str, message: LeaseRequest) -> None:
-        if isinstance(message, Commit) and self.table._ended.get(message.lease, (0, (0, "")))[1][0] == message.epoch:
+        if (
+            isinstance(message, Commit)
+            and self.table._ended.get(message.lease, (0, (0, "", False)))[1][0] == message.epoch
+        ):
             self._verdict(route, message, Answer(True))
         else:
             not_held(self, route, message)
@@ -109,12 +113,25 @@ def end_twice() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def done_while_more() -> Iterator[None]:
+    """A transfer that follows takes every part for the last one."""
+    append = Reader.append
+
+    def planted(self: Reader, event: Append, now: float) -> None:
+        append(self, replace(event, last=True), now)
+
+    with patch.object(Reader, "append", planted):
+        yield
+
+
 PLANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "use-without-verdict": use_without_verdict,
     "commit-after-epoch-end": commit_after_epoch_end,
     "reuse-before-settled": reuse_before_settled,
     "accept-stale-incarnation": accept_stale_incarnation,
     "end-twice": end_twice,
+    "done-while-more": done_while_more,
 }
 
 

@@ -78,6 +78,8 @@ class Read:
     forgo: bool = False
     abort_after: float | None = None
     again_after: float | None = None
+    follow: bool = False
+    """It knows the capability from the start, awaits the lease and follows it as it grows."""
     forge: str = ""
     """Which field of the ticket is falsified: incarnation, capability or epoch."""
 
@@ -99,6 +101,8 @@ class HandOver:
     extend_every: float | None = None
     end_after: float | None = None
     resume: bool = False
+    growth: float | None = None
+    """Seconds per block of a lease that grows while it is computed; all its reads follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,10 +306,10 @@ def _hand_over(
     grant_after = rng.uniform(0.1, 1.0) if rng.random() < 0.15 else rng.uniform(0.0, 0.02)
     if rules.calm:
         reads = tuple(_calm_read(rng, reader) for reader in readers)
-        return HandOver(name, at, owner, tuple(blocks), 30.0, 60.0, grant_after, reads)
+        return _streamed(rng, HandOver(name, at, owner, tuple(blocks), 30.0, 60.0, grant_after, reads))
     seconds = rng.choice((0.3, 2.0, 3.0, 5.0, 5.0))
     end_after = rng.expovariate(2.0) if rng.random() < 0.15 else None
-    return HandOver(
+    op = HandOver(
         name,
         at,
         owner,
@@ -318,6 +322,15 @@ def _hand_over(
         end_after=end_after,
         resume=end_after is not None and rng.random() < 0.4,
     )
+    return _streamed(rng, op)
+
+
+def _streamed(rng: random.Random, op: HandOver) -> HandOver:
+    """Some hand-overs grow while they are computed; what their readers do otherwise stays."""
+    if rng.random() < 0.7:
+        return op
+    reads = tuple(replace(read, follow=True, forge="", again_after=None, keep=None) for read in op.reads)
+    return replace(op, reads=reads, growth=rng.choice((0.002, 0.05, 0.2)))
 
 
 def _calm_read(rng: random.Random, reader: int) -> Read:

@@ -6,8 +6,10 @@ allocate and free, what was read is recorded where bytes are copied, and what a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+from pd_connector.plan import CopyPlan
 
 Cell = tuple[int, int]
 """(grid, block): the smallest thing that is copied at once."""
@@ -41,13 +43,15 @@ class Piece:
 @dataclass(slots=True, eq=False)
 class Watch:
     """One pull on one rank, as it really went. ``holding`` is what the ticket promised to hold: None when the ticket
-    was falsified, then nothing of it may ever be used."""
+    was falsified, then nothing of it may ever be used. ``wanted`` is all that a pull must have written when it is done,
+    where its parts came one by one."""
 
     name: str
-    parts: tuple[tuple[Piece, ...], ...]
+    parts: list[tuple[Piece, ...]]
     promised: dict[Cell, int]
     holding: Holding | None
     audited: bool = False
+    wanted: set[Cell] = field(default_factory=set)
     outcome: str = ""
     confirmed: set[int] = field(default_factory=set)
     seen: dict[tuple[int, Piece], tuple[int, Holding | None]] = field(default_factory=dict)
@@ -92,6 +96,8 @@ class Truth:
             raise Violation("ended twice", f"{watch.name} ended {watch.outcome}, then {outcome}")
         watch.outcome = outcome
         if outcome == "done":
+            if missing := watch.wanted - {piece.target for part in watch.parts for piece in part}:
+                raise Violation("not whole", f"{watch.name} is done without {sorted(missing)[:4]}")
             self._check(watch, range(len(watch.parts)), memory)
 
     def _check(self, watch: Watch, parts: Sequence[int], memory: Memory) -> None:
@@ -114,3 +120,10 @@ class Truth:
                     raise Violation("wrong bytes", f"{watch.name} part {part}: block {block} of grid {grid}")
         if watch.holding.freed is not None and watch.holding.freed <= last:
             raise Violation("not held", f"{watch.name} read on after {watch.holding.name} was freed")
+
+
+def pieces_of(plan: CopyPlan) -> Iterator[Piece]:
+    for pattern in plan.patterns:
+        for source, target, count in plan.runs.tolist():
+            for n in range(count):
+                yield Piece((pattern.src_grid, source + n), (pattern.dst_grid, target + n))

@@ -29,6 +29,18 @@ FIELDS: dict[type[m.Message], dict[str, Any]] = {
     m.Welcome: {**WHO, "refused": "no", "directory": (m.Endpoint(0, "there", 9, layout()),)},
     m.Open: {**LEASE, "transfer": 3, "reader": "d", "transport": "t"},
     m.Opened: {"transfer": 3, "held": True, "reason": "", "remaining_ms": 1000},
+    m.Ready: {
+        "transfer": 3,
+        "lease": 7,
+        "epoch": 2,
+        "tokens": (5, 0),
+        "first": (1, 0),
+        "blocks": (b"\1\0\0\0", b""),
+        "complete": False,
+    },
+    m.Await: {"capability": CAPABILITY},
+    m.Granted: {"capability": CAPABILITY, "held": True, "lease": 7, "epoch": 2, "tokens": 9, "key": b"k", "groups": 2},
+    m.Renounce: {"capability": CAPABILITY},
     m.Commit: {
         **LEASE,
         "transfer": 3,

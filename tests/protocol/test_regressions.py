@@ -197,7 +197,7 @@ def test_ended_leases_do_not_keep_their_blocks(bench: Bench) -> None:
     owner = bench.agent("p")
     owner.grant(blocks={0: tuple(range(1000))})
     owner.feed(End(1, "because"))
-    assert owner.core.owner.table._ended[1][1] == (1, "because")
+    assert owner.core.owner.table._ended[1][1] == (1, "because", False)
 
 
 def test_a_long_reason_still_reaches_the_reader(bench: Bench) -> None:
