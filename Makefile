@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast native-test fuzz guided-fuzz aarch64-test leak-test unlike-test lint sim clean
+.PHONY: help venv demo test test-fast native-test fuzz guided-fuzz aarch64-test leak-test slow-test lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -21,7 +21,7 @@ venv: ## make or update the virtual environment; uses an importable vllm, else i
 demo: venv ## real vLLM: prefill in one process, decode in another, proof in a table (ARGS="--json", "--keep")
 	@$(BIN)/pdc demo $(ARGS)
 
-test: venv ## the tests, real vLLM included (ARGS="-k name"); make unlike-test has four minutes more
+test: venv ## the tests, real vLLM included (ARGS="-k name"); make slow-test has the slower half of these
 	@$(BIN)/python -m pytest --durations=15 -m "not slow" $(ARGS)
 
 test-fast: venv ## the tests that need no real vLLM
@@ -58,7 +58,7 @@ aarch64-test: ## the C code built for aarch64 and run under qemu-user (Debian: g
 leak-test: venv ## owners killed before, while and after they are read from: nothing stays behind (CYCLES=n, default 1000)
 	@CYCLES=$(or $(CYCLES),1000) $(BIN)/python -m pytest -s tests/conformance/test_leaks.py
 
-unlike-test: venv ## real vLLM of unlike sizes and other kinds of models, which make test leaves out (4 minutes)
+slow-test: venv ## real vLLM of unlike sizes, other kinds of models, prefills killed at every point: what make test leaves out
 	@$(BIN)/python -m pytest --durations=15 -m slow $(ARGS)
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test

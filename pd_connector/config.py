@@ -41,6 +41,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lease_seconds: how long a lease lasts without a sign of life from its reader.
     lease_cap_seconds: how long renewals can prolong it in all.
     transfer_timeout_seconds: a pull that takes longer has failed.
+    prefill_wait_seconds: how long a decode request that was sent along with its prefill waits for that to be scheduled.
     drain_seconds: how long a stopping instance waits for readers of its leases.
     transport: "auto", or the names of the only transports to use.
     transport_options: options per transport name, checked by the transport.
@@ -61,6 +62,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lease_seconds: Seconds = 30.0
     lease_cap_seconds: Seconds = 300.0
     transfer_timeout_seconds: Seconds = 60.0
+    prefill_wait_seconds: Seconds = 60.0
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     transport: str | tuple[str, ...] = "auto"
     transport_options: dict[str, dict[str, Any]] = {}

@@ -18,6 +18,7 @@ from pd_connector.protocol.events import (
     Command,
     Completed,
     Connected,
+    Deny,
     Digested,
     Disclaim,
     Disconnected,
@@ -140,6 +141,8 @@ class Core:
                 self.owner.grow(event)
             case End(number, reason, again):
                 self.owner.end(number, reason, now, again)
+            case Deny(capability, reason):
+                self.owner.promises.deny(capability, reason, now)
             case Extend():
                 self.owner.extend(event, now)
             case Connected():

@@ -155,6 +155,14 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Deny:
+    """The owner will not grant a lease under this capability: whoever awaits it is told."""
+
+    capability: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Extend:
     """The owner prolongs a lease itself (a renewal that arrived by another way)."""
 
@@ -215,7 +223,7 @@ class Close:
 
 Event = (
     Received | Disconnected | Connected | Completed | Digested | Tick | Meet | Pull | Append | Abort | Grant | Grow
-    | End | Extend | Forgo | Keep | Drop | Expect | Disclaim | Drain | Close
+    | End | Deny | Extend | Forgo | Keep | Drop | Expect | Disclaim | Drain | Close
 )  # fmt: skip
 
 

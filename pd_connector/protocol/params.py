@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from pd_connector.errors import RemoteProtocolError
-from pd_connector.protocol.messages import CAPABILITY_BYTES
-from pd_connector.protocol.ticket import MAX_BLOCKS, Ticket
+from pd_connector.protocol.messages import CAPABILITY_BYTES, MAX_GROUPS
+from pd_connector.protocol.ticket import ADDRESS, MAX_BLOCKS, Ticket
 
 KEY = "pdc"
-MAX_GROUPS = 64
 
 
-def to_params(ticket: Ticket, *, request_id: str, engine_id: str, tp_size: int, pp_size: int) -> dict[str, Any]:
-    """What a prefill instance returns with its answer; JSON-safe."""
+def to_params(
+    ticket: Ticket, *, request_id: str, engine_id: str, tp_size: int, pp_size: int, engines: int = 1
+) -> dict[str, Any]:
+    """What a prefill instance returns with its answer; JSON-safe. ``engines`` answer behind its URL, each at an address
+    of its own."""
     endpoint, _, server_key = ticket.address.removeprefix("tcp://").partition("#")
     host, _, port = endpoint.rpartition(":")
     return {
@@ -42,6 +44,7 @@ def to_params(ticket: Ticket, *, request_id: str, engine_id: str, tp_size: int, 
             "capability": ticket.capability.hex(),
             "key": ticket.key.hex(),
             "server_key": server_key,
+            "engines": engines,
         },
     }
 
@@ -97,3 +100,59 @@ def _number(value: Any, limit: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
         raise ValueError(f"{str(value)[:40]!r} is not a number below {limit}")
     return value
+
+
+def transfer_params(transfer: bytes, stream: bool) -> dict[str, Any]:
+    """For a prefill instance: the capability (16 bytes) that its lease is to have; with ``stream`` it grows while the
+    prompt is computed."""
+    return {KEY: {"transfer": transfer.hex(), "stream": stream}}
+
+
+def transfer_of(params: Mapping[str, Any]) -> tuple[bytes, bool] | None:
+    """(capability, stream?) that a broker chose for a prefill; None when it left that to us, or wrote nonsense."""
+    ours = params.get(KEY)
+    try:
+        transfer = bytes.fromhex(ours["transfer"])  # type: ignore[index]
+        stream = ours["stream"] is True  # type: ignore[index]
+    except (LookupError, TypeError, ValueError):
+        return None
+    return (transfer, stream) if len(transfer) == CAPABILITY_BYTES else None
+
+
+def stream_params(address: str, transfer: bytes) -> dict[str, Any]:
+    """For a decode instance that is to read along: whom to ask for the lease of which capability."""
+    endpoint, _, server_key = address.removeprefix("tcp://").partition("#")
+    host, _, port = endpoint.rpartition(":")
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": None,
+        "remote_block_ids": None,
+        "remote_host": host.strip("[]"),
+        "remote_port": int(port),
+        KEY: {"transfer": transfer.hex(), "stream": True, "server_key": server_key},
+    }
+
+
+def stream_of(params: Mapping[str, Any]) -> tuple[str, bytes] | None:
+    """(address, capability) of a prefill to read along with; None for parameters that carry a ticket, or nothing."""
+    known = transfer_of(params)
+    if known is None or not known[1]:
+        return None
+    try:
+        host, port = str(params["remote_host"]), _port(params["remote_port"])
+        server_key = str(params[KEY].get("server_key") or "")
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+    host = f"[{host}]" if ":" in host else host
+    address = f"tcp://{host}:{port}" + (f"#{server_key}" if server_key else "")
+    return (address, known[0]) if ADDRESS.fullmatch(address) and len(address) <= 256 else None
+
+
+def address_of(params: Mapping[str, Any]) -> str | None:
+    """Where the prefill instance that returned these answers, if that is one address for all its requests."""
+    try:
+        address = from_params(params).address
+        return address if params[KEY].get("engines") == 1 else None
+    except RemoteProtocolError:
+        return None

@@ -65,6 +65,11 @@ class Promises:
             self._remember(message.capability, RENOUNCED, now)
         return lease
 
+    def deny(self, capability: bytes, reason: str, now: float) -> None:
+        """No lease will come; one that is held stays."""
+        if capability not in self._held:
+            self._remember(capability, reason, now)
+
     def close(self) -> None:
         for key in list(self._waiting):
             self._context.timers.cancel(("await", key))

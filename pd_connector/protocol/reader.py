@@ -297,6 +297,7 @@ class Reader:
             return
         transfer.compared += message.compared
         transfer.parts[message.part] = PartState.CONFIRMED
+        self._context.counters["parts_confirmed"] += 1
         self._context.notify(PartConfirmed(transfer.pull.transfer, message.part))
         if final:
             transfer.step(TransferInput.HELD)

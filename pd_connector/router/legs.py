@@ -1,22 +1,28 @@
-"""One choice's way through its two legs: a prompt to P, the ticket from P to D, the answer from D.
+"""One choice's way through its two legs: a prompt to P, the ticket from P to D, the answer from D. Or, streamed: the
+prompt to both at once, so that D reads P's blocks while they are computed.
 
 A hand-over owns the ticket from the moment P names it until D's first token shows that D took the blocks. Whatever else
 happens in between (client gone, D failed, D refused, a retry with a fresh ticket) the ticket is released at P, so that
-its blocks never wait for a lease to run out while everybody is alive.
+its blocks never wait for a lease to run out while everybody is alive. Its capability is ours: so it can be released
+even when P's answer with the ticket never arrives.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
 import orjson
 
+from pd_connector.protocol.messages import CAPABILITY_BYTES
+from pd_connector.protocol.params import address_of, stream_params
 from pd_connector.router.faults import Fault, LegFailed, Refused
 from pd_connector.router.order import Choice
+from pd_connector.router.policy import AGAIN, Mode, choose_mode
 from pd_connector.router.settings import RouterSettings
 from pd_connector.router.sse import EventSplitter, data_of, error_of
 from pd_connector.router.upstream import Exchange, Fleet, Side, Timeouts
@@ -31,6 +37,9 @@ class Releaser(Protocol):
 
     async def release(self, params: dict[str, Any]) -> None:
         """Send RELEASE for the ticket in these kv_transfer_params. Idempotent, returns within 1 s, does not raise."""
+
+    async def renounce(self, address: str, transfer: bytes) -> None:
+        """The same for the lease of a capability, granted or not yet, at the agent of that address."""
 
 
 class _Attempts:
@@ -75,6 +84,10 @@ class HandOver:
         self._settings = settings
         self._releaser = releaser
         self._metrics = fleet.prefill.metrics
+        self._fleet = fleet
+        self._transfer = b""
+        self._address: str | None = None
+        self.mode: Mode | None = None
         self._prefill = _Attempts(fleet.prefill)
         self._decode = _Attempts(fleet.decode)
         self._attempts = 1
@@ -89,7 +102,7 @@ class HandOver:
         """
         try:
             async with asyncio.timeout(self._settings.first_token_s):
-                while not await self._try_both_legs():
+                while not await self._try():
                     pass
         except TimeoutError:
             leg, name = ("decode", self.decode_name) if self.decode_name else ("prefill", self.prefill_name)
@@ -99,6 +112,19 @@ class HandOver:
                 f"no first token within {self._settings.first_token_s:g} s; the request was in its {leg} leg on {name} "
                 f"(attempt {self._attempts}); raise first_token_s or add instances",
             ) from None
+
+    @property
+    def legs_s(self) -> float:
+        """Seconds that the legs took: side by side, or one after the other."""
+        if self.mode is not None and self.mode.streamed:
+            return max(self.prefill_s, self.decode_s)
+        return self.prefill_s + self.decode_s
+
+    @property
+    def way(self) -> str:
+        """How the hand-over went, and why so."""
+        assert self.mode is not None, "open first"
+        return f"{'streamed' if self.mode.streamed else 'sequential'}: {self.mode.why}"
 
     async def next_chunk(self) -> bytes:
         """D's next bytes, unparsed; b"" at the end. Raises LegFailed."""
@@ -121,14 +147,75 @@ class HandOver:
         if self._releases:
             await asyncio.wait(self._releases, timeout=2 * _RELEASE_S)  # Each ends itself before that.
 
-    async def _try_both_legs(self) -> bool:
+    async def _try(self) -> bool:
+        exchange = self._prefill.begin()
+        self.prefill_name, self.decode_name = exchange.name, ""
+        self._transfer = secrets.token_bytes(CAPABILITY_BYTES)
+        self._address = self._fleet.addresses.get(exchange.name)
+        others = self._fleet.prefill.balancer.in_flight(exchange.name) - 1
+        settings = self._settings
+        self.mode = (
+            AGAIN
+            if self.mode is not None and self.mode.streamed
+            else choose_mode(
+                self._choice.estimated_tokens(),
+                settings.stream_min_tokens,
+                self._address,
+                others,
+                settings.stream_max_queue,
+            )
+        )
+        self._metrics.hand_overs.labels("streamed" if self.mode.streamed else "sequential", self.mode.code).inc()
+        if self.mode.streamed:
+            return await self._both_at_once(exchange)
+        return await self._one_after_the_other(exchange)
+
+    async def _both_at_once(self, exchange: Exchange) -> bool:
+        """D answers when it has P's blocks, or, should P fail, has computed what it lacks. P's own answer only matters
+        for what it says of P."""
+        assert self._address is not None, "chosen only where it is known"
+        prefill = asyncio.create_task(self._watch_prefill(exchange))
+        done = False
         try:
-            await self._prefill_leg()
+            await self._decode_leg(stream_params(self._address, self._transfer))
+            done = True
+        except LegFailed as failure:
+            await self._prepare_retry(self._decode, failure, same_again=True)
+        finally:
+            if not done or not prefill.done():
+                self._renounce()
+            self._ticket = None
+            prefill.cancel()
+            await asyncio.wait({prefill}, timeout=1.0)
+        return done
+
+    async def _watch_prefill(self, exchange: Exchange) -> None:
+        """P's leg of a streamed hand-over. When it fails, D must not wait for it."""
+        started = time.monotonic()
+        try:
+            await self._ask_prefill(exchange)
+            if self._ticket is not None and self._fleet.addresses.get(exchange.name) == self._address:
+                self._metrics.leg_seconds.labels("prefill", exchange.name).observe(time.monotonic() - started)
+                return
+            logger.info("%s answered without a ticket, or from another address", exchange.name)
+            self._metrics.ticketless.inc()
+        except LegFailed as failure:
+            self._metrics.leg_failures.labels(failure.leg, failure.upstream).inc()
+            logger.info("%s while D reads along", failure)
+        except Refused as refusal:
+            logger.info("%s refused with %d while D reads along", exchange.name, refusal.status)
+        finally:
+            self.prefill_s += time.monotonic() - started
+        self._renounce()
+
+    async def _one_after_the_other(self, exchange: Exchange) -> bool:
+        try:
+            await self._prefill_leg(exchange)
         except LegFailed as failure:
             await self._prepare_retry(self._prefill, failure, same_again=failure.connection)
             return False
         try:
-            await self._decode_leg()
+            await self._decode_leg(self._ticket)
         except LegFailed as failure:
             # The ticket may be what D failed on (P restarted, lease over): with a fresh one the same D can succeed.
             held = self._ticket is not None
@@ -146,9 +233,7 @@ class HandOver:
         self._metrics.retries.labels(failure.leg).inc()
         await asyncio.sleep(attempts.pause_s)
 
-    async def _prefill_leg(self) -> None:
-        exchange = self._prefill.begin()
-        self.prefill_name, self.decode_name = exchange.name, ""
+    async def _prefill_leg(self, exchange: Exchange) -> None:
         started = time.monotonic()
         leg = asyncio.create_task(self._ask_prefill(exchange))
         try:
@@ -156,6 +241,7 @@ class HandOver:
             await asyncio.shield(leg)
         except asyncio.CancelledError:
             await self._abandon(leg)
+            self._renounce()
             raise
         finally:
             self.prefill_s += time.monotonic() - started
@@ -165,7 +251,7 @@ class HandOver:
 
     async def _ask_prefill(self, exchange: Exchange) -> None:
         try:
-            body = self._choice.prefill_body()
+            body = self._choice.prefill_body(self._transfer, self.mode is not None and self.mode.streamed)
             timeouts = Timeouts(total=self._settings.prefill_s)
             await exchange.ask("POST", self._choice.path, body, self._headers, timeouts)
             answer = _whole_answer(exchange, await exchange.read())
@@ -173,8 +259,20 @@ class HandOver:
             if ticket is not None and not isinstance(ticket, dict):
                 raise exchange.failed("its kv_transfer_params are neither an object nor null")
             self._ticket = ticket
+            self._learn(exchange.name, ticket)
+        except LegFailed as failure:
+            if failure.connection:
+                self._fleet.addresses.pop(exchange.name, None)
+            raise
         finally:
             exchange.close()
+
+    def _learn(self, upstream: str, ticket: dict[str, Any] | None) -> None:
+        address = None if ticket is None else address_of(ticket)
+        if address is None:
+            self._fleet.addresses.pop(upstream, None)
+        else:
+            self._fleet.addresses[upstream] = address
 
     async def _abandon(self, leg: asyncio.Task[None]) -> None:
         try:
@@ -185,12 +283,12 @@ class HandOver:
         if leg.done() and not leg.cancelled() and (error := leg.exception()) is not None:
             logger.debug("abandoned prefill leg ended with: %s", error)
 
-    async def _decode_leg(self) -> None:
+    async def _decode_leg(self, ticket: dict[str, Any] | None) -> None:
         exchange = self._decode.begin()
         self.decode_name = exchange.name
         started = time.monotonic()
         try:
-            body = self._choice.decode_body(self._ticket)
+            body = self._choice.decode_body(ticket)
             timeouts = Timeouts(silence=self._settings.decode_idle_s)
             await exchange.ask("POST", self._choice.path, body, self._headers, timeouts)
             if self._choice.stream:
@@ -210,16 +308,24 @@ class HandOver:
     def _drop_ticket(self) -> None:
         if self._ticket is None:
             return
-        release = asyncio.create_task(self._release(self._ticket))
+        self._begin_release(self._releaser.release(self._ticket))
         self._ticket = None
+
+    def _renounce(self) -> None:
+        """P may have leased blocks, or be about to, of which we hold no ticket."""
+        if self._address is not None:
+            self._begin_release(self._releaser.renounce(self._address, self._transfer))
+
+    def _begin_release(self, releasing: Coroutine[Any, Any, None]) -> None:
+        release = asyncio.create_task(self._release(releasing))
         self._releases.add(release)
         release.add_done_callback(self._releases.discard)
 
-    async def _release(self, ticket: dict[str, Any]) -> None:
+    async def _release(self, releasing: Coroutine[Any, Any, None]) -> None:
         self._metrics.releases.inc()
         try:
             async with asyncio.timeout(_RELEASE_S):
-                await self._releaser.release(ticket)
+                await releasing
         except Exception as error:
             self._metrics.release_failures.inc()
             logger.warning("releasing a ticket of %s failed: %s", self.prefill_name, error or type(error).__name__)

@@ -39,6 +39,13 @@ class RouterMetrics:
         self.ticketless = Counter(
             "pdc_router_ticketless", "Prefill answers without a ticket: D computed the prompt.", registry=self.registry
         )
+        self.hand_overs = Counter(
+            "pdc_router_hand_overs",
+            "Hand-overs by mode: streamed (both legs at once: long prompt) or sequential (short prompt, the prefill "
+            "instance's address unknown, its queue, again after a streamed one failed).",
+            ["mode", "why"],
+            registry=self.registry,
+        )
         self.in_flight = Gauge("pdc_router_in_flight", "Choices under way.", registry=self.registry)
         self.upstream_in_flight = Gauge(
             "pdc_router_upstream_in_flight",

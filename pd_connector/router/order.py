@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from pd_connector.protocol.params import transfer_params
 from pd_connector.router.faults import bad_request
 
 COMPLETIONS = "/v1/completions"
@@ -33,10 +34,19 @@ class Choice:
     def stream(self) -> bool:
         return bool(self.body.get("stream"))
 
-    def prefill_body(self) -> bytes:
-        """The prefill leg: the same prompt, one token, nothing streamed, KV kept for a remote decode."""
+    def estimated_tokens(self) -> int:
+        """About how long the prompt is: token ids count, text has about four bytes per token."""
+        prompt = self.body.get("messages" if self.path == CHAT else "prompt")
+        if isinstance(prompt, list) and all(type(item) is int for item in prompt):
+            return len(prompt)
+        return len(orjson.dumps(prompt)) // 4
+
+    def prefill_body(self, transfer: bytes, stream: bool) -> bytes:
+        """The prefill leg: the same prompt, one token, nothing streamed, KV kept for a remote decode under the
+        capability ``transfer``; with ``stream`` it may be read while it is computed."""
         body = {key: value for key, value in self.body.items() if key not in ("stream_options", "min_tokens")}
-        body |= {"max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": PREFILL_TICKET}
+        params = PREFILL_TICKET | transfer_params(transfer, stream)
+        body |= {"max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
         if self.path == CHAT or "max_completion_tokens" in body:
             body["max_completion_tokens"] = 1
         return orjson.dumps(body)

@@ -1,4 +1,5 @@
-"""Which upstream serves the next leg. Pure: no I/O, no clock; times are monotonic seconds passed in by the caller."""
+"""Which upstream serves the next leg, and whether both legs go out at once. Pure: no I/O, no clock; times are monotonic
+seconds passed in by the caller."""
 
 from __future__ import annotations
 
@@ -58,3 +59,27 @@ class Balancer:
 
     def in_flight(self, name: str) -> int:
         return self._standings[name].in_flight
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How one hand-over goes; ``code`` is from a closed set, ``why`` for people."""
+
+    streamed: bool
+    code: str
+    why: str
+
+
+AGAIN = Mode(False, "again", "an attempt to stream it failed")
+
+
+def choose_mode(tokens: int, min_tokens: int, address: str | None, others: int, max_queue: int) -> Mode:
+    """``tokens``: about how long the prompt is; ``address``: where P's agent answers, as far as it is known;
+    ``others``: prefills under way at P besides this one."""
+    if tokens < min_tokens:
+        return Mode(False, "short", f"about {tokens} tokens, fewer than stream_min_tokens ({min_tokens})")
+    if address is None:
+        return Mode(False, "unknown", "the prefill instance's address is not known yet, or it has several")
+    if others >= max_queue:
+        return Mode(False, "queue", f"{others} other prefills are under way there (stream_max_queue {max_queue})")
+    return Mode(True, "long", f"about {tokens} tokens")

@@ -216,7 +216,7 @@ class Relay:
     def _told(self, hands: list[HandOver]) -> dict[str, str]:
         """What the response says about its own way: type, stages in ms, upstreams."""
         prefill, decode = max(hand.prefill_s for hand in hands), max(hand.decode_s for hand in hands)
-        slowest = max(hand.prefill_s + hand.decode_s for hand in hands)
+        slowest = max(hand.legs_s for hand in hands)
         router = max(0.0, time.monotonic() - self._started_at - slowest)
         stages = {"router": router, "prefill": prefill, "decode": decode}
         return {
@@ -224,6 +224,7 @@ class Relay:
             "server-timing": ", ".join(f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in stages.items()),
             "x-pdc-prefill": ", ".join(dict.fromkeys(hand.prefill_name for hand in hands)),
             "x-pdc-decode": ", ".join(dict.fromkeys(hand.decode_name for hand in hands)),
+            "x-pdc-hand-over": ", ".join(dict.fromkeys(hand.way for hand in hands)),
         }
 
     async def _report(self, fault: Fault) -> None:

@@ -27,3 +27,7 @@ class AgentReleaser:
             logger.warning("a ticket cannot be released, its lease has to run out: %s", error)
             return
         self._agent.release(ticket, whole=True)
+
+    async def renounce(self, address: str, transfer: bytes) -> None:
+        """As ``release``, by the capability alone: also of a ticket that has not been given, or never arrived."""
+        self._agent.disclaim(address, transfer, renounce=True)

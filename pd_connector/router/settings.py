@@ -18,6 +18,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "retry_pause_s": (0, 10),
     "drain_s": (0, 600),
     "retries": (0, 10),
+    "stream_min_tokens": (0, 1 << 30),
+    "stream_max_queue": (1, 65536),
     "max_in_flight": (1, 65536),
     "max_choices": (1, 1024),
     "max_body_bytes": (1024, 1 << 30),
@@ -55,6 +57,12 @@ class RouterSettings:
     """
     retry_pause_s: float = 0.1
     """Before the same upstream is tried again, because no other is left."""
+    stream_min_tokens: int = 1024
+    """Prompts of about this many tokens and more go to both instances at once: D reads while P computes. With the
+    largest value none does."""
+    stream_max_queue: int = 4
+    """With this many other prefills under way at an instance its prompts go one leg after the other: they would wait at
+    both."""
     drain_s: int = 30
     """At shutdown, how long requests in flight may still run."""
     retries: int = 2

@@ -192,6 +192,8 @@ class Fleet:
     ) -> None:
         self.prefill = Side("prefill", prefill, settings, metrics)
         self.decode = Side("decode", decode, settings, metrics)
+        self.addresses: dict[str, str] = {}
+        """Where the agents of prefill upstreams answer, by the tickets that they gave."""
 
     async def __aenter__(self) -> Fleet:
         # No connection limit: admission bounds the legs, and waiting for a connection would be a second, hidden queue.

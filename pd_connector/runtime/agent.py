@@ -290,6 +290,10 @@ class Agent:
         number will be granted under the next epoch, and whoever follows the lease waits for it."""
         self._feed(ev.End(lease, reason, again))
 
+    def deny(self, capability: bytes, reason: str) -> None:
+        """No lease will be granted under this capability: whoever expects it is told why."""
+        self._feed(ev.Deny(capability, reason))
+
     def extend(self, lease: int) -> None:
         self._feed(ev.Extend(lease))
 

@@ -23,6 +23,7 @@ class PDConnector(KVConnectorBase_V1, *compat.hybrid_bases()):  # type: ignore[m
         self._scheduler: PDScheduler | None = None
         self._worker: PDWorker | None = None
         self._applied: StepOrders | None = None
+        self._computed: StepOrders | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = PDScheduler(vllm_config, kv_cache_config)
         else:
@@ -43,7 +44,7 @@ class PDConnector(KVConnectorBase_V1, *compat.hybrid_bases()):  # type: ignore[m
     def on_new_request(self, request: Any) -> None:
         self.scheduler.on_new_request(request)
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self.scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -99,7 +100,11 @@ class PDConnector(KVConnectorBase_V1, *compat.hybrid_bases()):  # type: ignore[m
         """The decode side reads from the cache itself: nothing is saved."""
 
     def wait_for_save(self) -> None:
-        """As save_kv_layer."""
+        """The step's forward is done: in host memory, the only one that is served today, it is when this is called."""
+        orders: Any = self._get_connector_metadata()
+        if orders is not self._computed:
+            self._computed = orders
+            self.worker.computed(orders)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         finished = self.worker.finished()

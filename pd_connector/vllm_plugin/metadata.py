@@ -29,6 +29,17 @@ class Load:
     block_ids: tuple[list[int], ...]
     tokens: tuple[tuple[int, int], ...]
     problem: str = ""
+    follow: bool = False
+    """The ticket's lease grows while it is read."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A growing lease has the ticket's blocks, of which the first ``tokens`` per group may be read."""
+
+    ticket: Ticket
+    tokens: tuple[int, ...]
+    complete: bool
 
 
 @dataclass
@@ -40,8 +51,19 @@ class StepOrders(KVConnectorMetadata):
     """Once, when they are known: the layouts of all ranks of this instance."""
     idle: bool = False
     """Nothing is computed in this step, nor was in the last ones that may still be under way."""
-    ends: list[tuple[int, str]] = field(default_factory=list)
-    grants: list[tuple[str, Ticket]] = field(default_factory=list)
+    waiting: bool = False
+    """A request waits for its prefill to be scheduled elsewhere."""
+    ends: list[tuple[int, int, str, bool]] = field(default_factory=list)
+    """(lease, epoch, reason, will it be granted again?)."""
+    grants: list[tuple[str, Ticket, bool]] = field(default_factory=list)
+    """(request, ticket, does it grow?)."""
+    ready: list[Growth] = field(default_factory=list)
+    """What may be read now, and ``computing`` what may be once this step is computed."""
+    computing: list[Growth] = field(default_factory=list)
+    closes: list[int] = field(default_factory=list)
+    """Growing leases whose request has ended: its blocks are free when the lease ends, or has ended."""
+    drops: list[int] = field(default_factory=list)
+    """Growing leases whose request ended otherwise: nobody waits for them."""
     extends: list[int] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)

@@ -17,7 +17,7 @@ from pd_connector.runtime.agent import Agent
 from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.identity import describe_caches, model_identity
-from pd_connector.vllm_plugin.metadata import Handshake, Load, StepOrders
+from pd_connector.vllm_plugin.metadata import Growth, Handshake, Load, StepOrders
 from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats, Transferred
 from pd_connector.vllm_plugin.settings import worker_config
 
@@ -49,6 +49,16 @@ class _Ended:
     failed: bool = False
 
 
+@dataclass
+class _Lease:
+    """``open``: its request still runs, so nobody waits for the lease's end."""
+
+    request_id: str
+    epoch: int
+    open: bool
+    ended: bool = False
+
+
 class PDWorker:
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._vllm_config = vllm_config
@@ -64,7 +74,8 @@ class PDWorker:
         self._wake = threading.Event()
         self._idle = False
         self._numbers: dict[str, int] = {}
-        self._lease_requests: dict[int, str] = {}
+        self._waiting = False
+        self._leases: dict[int, _Lease] = {}
         self._failed_blocks: set[int] = set()
         self._next_look = 0.0
         self._seen: tuple[Counter[str], dict[str, int]] = (Counter(), {})
@@ -104,22 +115,32 @@ class PDWorker:
             self._portal.call(self._agent.belong_to, orders.instance)
         if orders.ends:
             self._portal.call(self._end, orders.ends, timeout=_ORDER_SECONDS)
-        if orders.grants or orders.extends or orders.aborts or orders.loads:
+        if any((orders.grants, orders.ready, orders.closes, orders.drops, orders.extends, orders.aborts, orders.loads)):
             self._portal.post(self._carry_out, orders)
+        self._waiting = orders.waiting
 
-    def _end(self, ends: list[tuple[int, str]]) -> None:
+    def computed(self, orders: StepOrders) -> None:
+        """The step's forward is done: what it computed may be read."""
+        if orders.computing and self._portal is not None:
+            self._portal.post(self._grow, orders.computing)
+
+    def _end(self, ends: list[tuple[int, int, str, bool]]) -> None:
         assert self._agent is not None
-        for number, reason in ends:
-            self._agent.end(number, reason)
+        for number, epoch, reason, again in ends:
+            if number in self._leases and self._leases[number].epoch == epoch:
+                self._agent.end(number, reason, again=again)
 
     def _carry_out(self, orders: StepOrders) -> None:
         assert self._agent is not None
-        for request_id, ticket in orders.grants:
-            self._grant(request_id, ticket)
+        for request_id, ticket, grows in orders.grants:
+            self._grant(request_id, ticket, grows)
         # A release may overtake its grant: then its end was applied, to nothing, before this.
-        for number, reason in orders.ends:
-            if number in self._lease_requests:
-                self._agent.end(number, reason)
+        self._end(orders.ends)
+        self._grow(orders.ready)
+        for number in orders.closes:
+            self._close(number)
+        for number in orders.drops:
+            self._leases.pop(number, None)
         for number in orders.extends:
             self._agent.extend(number)
         for load in orders.loads:
@@ -128,16 +149,44 @@ class PDWorker:
             if (transfer := self._numbers.get(request_id)) is not None:
                 self._agent.abort(transfer, "the request was aborted")
 
-    def _grant(self, request_id: str, ticket: Ticket) -> None:
+    def _grant(self, request_id: str, ticket: Ticket, grows: bool) -> None:
         assert self._agent is not None
-        self._lease_requests[ticket.lease] = request_id
+        self._leases[ticket.lease] = _Lease(request_id, ticket.epoch, grows)
         try:
-            self._agent.grant(ticket)
+            self._agent.grant(ticket, growing=grows)
         except LocalProtocolError as error:
             logger.warning("request %s cannot be handed over: %s", request_id, error)
-            if self._lease_requests.pop(ticket.lease, None) is not None:
-                self._ended.append(_Ended(request_id))
-                self._wake.set()
+            self._lease_ended(ticket.lease)
+
+    def _grow(self, growths: list[Growth]) -> None:
+        assert self._agent is not None
+        for growth in growths:
+            lease = self._leases.get(growth.ticket.lease)
+            if lease is None or lease.ended or lease.epoch != growth.ticket.epoch:
+                continue  # it has ended meanwhile
+            try:
+                self._agent.grow(growth.ticket, growth.tokens, complete=growth.complete)
+            except LocalProtocolError as error:
+                self._agent.end(growth.ticket.lease, str(error))
+
+    def _close(self, number: int) -> None:
+        """The request has ended: from now on the lease alone keeps its blocks."""
+        lease = self._leases.get(number)
+        if lease is not None:
+            lease.open = False
+            if lease.ended:
+                self._lease_ended(number)
+
+    def _lease_ended(self, number: int) -> None:
+        lease = self._leases.get(number)
+        if lease is None:
+            return
+        lease.ended = True
+        if not lease.open:
+            del self._leases[number]
+            self._look()
+            self._ended.append(_Ended(lease.request_id))
+            self._wake.set()
 
     def _load(self, load: Load) -> None:
         agent = self._agent
@@ -160,26 +209,26 @@ class PDWorker:
             address = "" if load.ticket is None else load.ticket.address
             self._transferred.append(Transferred(note.stats, note.outcome, error, address))
             # Of an aborted request nothing may be said but that it is quiet: its blocks may be another's by now.
-            self._ended.append(_Ended(load.request_id, load.block_ids, failed=note.outcome == "failed"))
+            # A stream that broke off leaves what is confirmed of it.
+            blocks = ([*note.failed_blocks],) if load.follow and self._groups == 1 else load.block_ids
+            self._ended.append(_Ended(load.request_id, blocks, failed=note.outcome == "failed"))
             self._wake.set()
 
         try:
             if load.problem or load.ticket is None:
                 raise TransferFailed(load.problem)
-            number = agent.start_pull(load.ticket, load.block_ids, tokens=load.tokens, on_end=ended)
+            number = agent.start_pull(load.ticket, load.block_ids, tokens=load.tokens, follow=load.follow, on_end=ended)
         except Exception as error:  # an engine that is never told waits for ever
             if not over:
                 cause = error if isinstance(error, PDError) else TransferFailed(f"{type(error).__name__}: {error}")
-                ended(ev.TransferEnded(0, "failed", cause))
+                ended(ev.TransferEnded(0, "failed", cause, tuple(load.block_ids[0])))
             return
         if not over:
             self._numbers[load.request_id] = number
 
     def _note(self, note: ev.Note) -> None:
-        if isinstance(note, ev.LeaseEnded) and (request_id := self._lease_requests.pop(note.number, None)):
-            self._look()
-            self._ended.append(_Ended(request_id))
-            self._wake.set()
+        if isinstance(note, ev.LeaseEnded):
+            self._lease_ended(note.number)
 
     def _look(self) -> None:
         """On the loop: what the agent counts changes there, another thread must not iterate over it. Looking before a
@@ -193,7 +242,7 @@ class PDWorker:
         """What ended since the last call. In an idle step it waits a moment for something to end: an engine that waits
         for transfers steps over and over with nothing to compute, and takes the CPU from the very threads it waits for.
         """
-        if self._idle and not self._ended and (self._numbers or self._lease_requests):
+        if self._idle and not self._ended and (self._numbers or self._leases or self._waiting):
             self._wake.clear()
             if not self._ended:
                 self._wake.wait(_IDLE_SECONDS)

@@ -229,11 +229,10 @@ class MiniEngine:
         assert not any(value for state, value in gauges.items() if state != "peers"), gauges
         assert self.free_blocks == self.cache_config.num_blocks - 1  # block 0 is vLLM's null block
         scheduler = self.scheduler.connector.scheduler
-        assert not scheduler._hopes
-        assert not scheduler._leases
-        assert not scheduler._lease_of
-        assert not scheduler._lost
-        assert not scheduler._shortened
+        assert not len(scheduler.decode)
+        assert not len(scheduler.prefill)
+        assert not scheduler.decode._lost
+        assert not scheduler.decode._promised
 
     def shutdown(self) -> None:
         self.worker.shutdown()

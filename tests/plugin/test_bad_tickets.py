@@ -231,7 +231,7 @@ def test_another_model_is_refused_in_words(engine: Callable[..., Any], caplog: p
     pair = Pair(engine("kv_producer", {"model": "one"}), engine("kv_consumer", {"model": "two"}))
     assert pair.decode_all("a", PROMPT, pair.ticket("a", PROMPT)) == reference(PROMPT, 3)
     assert pair.decode.counters["key_mismatches"] == 1
-    pair.decode.scheduler.connector.scheduler._model = "one"
+    pair.decode.scheduler.connector.scheduler.side.model = "one"
     pair.decode.scheduler.reset_prefix_cache()
     line = refused(pair, caplog)
     assert "'two'" in line

@@ -98,7 +98,7 @@ def test_a_ticket_lost_in_the_queue_is_not_tried(engine: Callable[..., Any], rou
     pair.decode.add("r", prompt, tokens=3, params=params)
     router_agent(params)
     pair.prefill.settle(seconds=3)
-    lost = pair.decode.scheduler.connector.scheduler._lost
+    lost = pair.decode.scheduler.connector.scheduler.decode._lost
     pair.until(lambda: bool(lost), seconds=15)
     pair.decode.abort("blocker")
     pair.until(lambda: "r" in pair.decode.ended)

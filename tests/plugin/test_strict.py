@@ -67,7 +67,7 @@ def test_a_ticket_lost_in_the_queue(engine: Make, strict: bool) -> None:
     params = pair.ticket("r", PROMPT)
     decode.add("r", PROMPT, tokens=3, params=params)
     scheduler = pair.prefill.scheduler.connector.scheduler
-    scheduler._portal.call(scheduler._agent.end, params["pdc"]["lease"], "taken back")
+    scheduler.side.portal.call(scheduler.side.agent.end, params["pdc"]["lease"], "taken back")
     pair.until(lambda: "r" in decode.ended, 40)
     assert decode.ended["r"] is (RequestStatus.FINISHED_ERROR if strict else RequestStatus.FINISHED_LENGTH_CAPPED)
     assert decode.counters["tickets_lost"] + decode.counters.get("transfers_failed", 0) >= 1

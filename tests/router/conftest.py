@@ -26,12 +26,16 @@ class RecordingReleaser:
 
     def __init__(self) -> None:
         self.released: list[dict[str, Any]] = []
+        self.renounced: list[tuple[str, bytes]] = []
         self.behave: Callable[[], Any] | None = None
 
     async def release(self, params: dict[str, Any]) -> None:
         self.released.append(params)
         if self.behave is not None:
             await self.behave()
+
+    async def renounce(self, address: str, transfer: bytes) -> None:
+        self.renounced.append((address, transfer))
 
 
 @dataclass

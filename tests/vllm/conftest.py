@@ -13,7 +13,10 @@ from serving import Cluster
 
 from pd_connector.demo.model import build_model
 
-_ORDER = ("test_startup", "test_handover", "test_mishaps", "test_mixed", "test_kills", "test_parallel", "test_unlike")
+_ORDER = (
+    *("test_startup", "test_handover", "test_mishaps", "test_mixed", "test_kills", "test_parallel"),
+    *("test_streamed", "test_unlike"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,219 @@
+"""Long prompts go to a real prefill and a real decode instance at once: D reads while P computes."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import signal
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from serving import BLOCK, Answer, Gauge, Held, ask, body, prompt_of, same, until
+
+from pd_connector.demo.instance import Instance, free_port, vllm_instance
+from pd_connector.demo.model import ModelShape, build_model
+from pd_connector.protocol.params import stream_params, transfer_params
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
+
+CHUNK = 256
+PROMPT = 10 * CHUNK + 37
+PREFILL = {"do_remote_decode": True}
+GENERATED = 'generation_tokens_total{engine="0",model_name="demo"}'
+SLOW = ModelShape(layers=24, hidden=512, heads=8)
+"""A chunk takes long enough for a test to step in between two of them."""
+
+
+@dataclass
+class Pair:
+    """A prefill instance that computes 256 tokens per step, a decode instance, and their address for each other."""
+
+    p: Instance
+    d: Instance
+    address: str
+
+    def plain(self, prompt: list[int], tokens: int = 6) -> Answer:
+        """Computed by D alone, under a salt that nothing was handed over with."""
+        return ask(self.d, prompt, tokens, cache_salt=f"plain {time.monotonic()}")
+
+    def free(self, seconds: float = 5.0) -> None:
+        for server in (self.p, self.d):
+            found = Held(server)
+            until(found.nothing, seconds, lambda found=found: f"{found}")
+
+
+@pytest.fixture(scope="module")
+def servers_along(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory, port = tmp_path_factory.mktemp("along"), free_port()
+    model = build_model(directory / "model", SLOW)
+    # Both in chunks: the plain answers that D computes are then those of the same sums in the same order.
+    common = ("--num-gpu-blocks-override", "32", "--max-model-len", "3072", "--max-num-seqs", "16")
+    common = (*common, "--max-num-batched-tokens", str(CHUNK))
+    p = vllm_instance(
+        "P", model, directory / "P.log", role="kv_producer", core=0, extra={"port": port, "lease_seconds": 6.0},
+        arguments=common,
+    )  # fmt: skip
+    d = vllm_instance(
+        "D", model, directory / "D.log", role="kv_consumer", core=1, policy="recompute", extra={"audit": True},
+        arguments=common,
+    )  # fmt: skip
+    pair = Pair(p, d, f"tcp://127.0.0.1:{port}")
+    for server in (p, d):
+        server.start()
+    yield pair
+    for server in (p, d):
+        server.signal(signal.SIGKILL)
+        server.stop()
+
+
+@pytest.fixture
+def along(servers_along: Pair) -> Pair:
+    p = servers_along.p
+    if p.process is None or p.process.poll() is not None:
+        p.stop()
+        p.start()
+    for server in (p, servers_along.d):
+        server.wait_ready(300)
+    return servers_along
+
+
+class Both:
+    """One request at both instances at once, each leg in a thread."""
+
+    def __init__(self, pair: Pair, prompt: list[int], tokens: int = 6) -> None:
+        self.transfer = secrets.token_bytes(16)
+        self.answer: Answer | None = None
+        self.failure: Exception | None = None
+        self._pair, self._prompt, self._tokens = pair, prompt, tokens
+        self._threads = [threading.Thread(target=self._prefill), threading.Thread(target=self._decode)]
+        for thread in self._threads:
+            thread.start()
+
+    def _prefill(self) -> None:
+        params = PREFILL | transfer_params(self.transfer, stream=True)
+        with contextlib.suppress(OSError):  # it may be killed under our hands
+            self._pair.p.post("/v1/completions", body(self._prompt, 1, params))
+
+    def _decode(self) -> None:
+        params = stream_params(self._pair.address, self.transfer)
+        try:
+            self.answer = ask(self._pair.d, self._prompt, self._tokens, params)
+        except Exception as failure:
+            self.failure = failure
+
+    def join(self) -> Answer:
+        for thread in self._threads:
+            thread.join(120)
+        if self.failure is not None:
+            raise self.failure
+        assert self.answer is not None, "no answer in time"
+        return self.answer
+
+
+@pytest.mark.parametrize("length", [31, 129, CHUNK, PROMPT])
+def test_read_along(along: Pair, length: int) -> None:
+    prompt = prompt_of(length, seed="along")
+    d = Gauge(along.d)
+    got = Both(along, prompt).join()
+    d.wait(5, transfers_done=1, tokens_recomputed=0)
+    assert d.since("pdc_audit_digests_compared_total") == -(-length // BLOCK) * SLOW.layers
+    same(got, along.plain(prompt))
+    along.free()
+
+
+def test_several_along(along: Pair) -> None:
+    prompts = [prompt_of(600, seed=f"several {n}") for n in range(4)]
+    d = Gauge(along.d)
+    running = [Both(along, prompt) for prompt in prompts]
+    answers = [both.join() for both in running]
+    d.wait(5, transfers_done=4, tokens_recomputed=0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        same(answer, along.plain(prompt))
+    along.free()
+
+
+def test_through_the_router(along: Pair, tmp_path: Path) -> None:
+    """It learns P's address from the first answer, and streams from then on."""
+    port = free_port()
+    command = [sys.executable, "-m", "pd_connector.cli", "router", "--port", str(port)]
+    command += ["--prefill", along.p.url, "--decode", along.d.url]
+    router = Instance("router", command, port, tmp_path / "router.log")
+    router.start()
+    try:
+        router.wait_ready(60)
+        d, answers = Gauge(along.d), []
+        for seed in ("sequential", "streamed"):
+            prompt = prompt_of(PROMPT, seed=seed)
+            answers.append((prompt, ask(router, prompt, 6)))
+            ways = {name: value for name, value in router.metrics().items() if "hand_overs_total" in name}
+            assert any(f'mode="{seed}"' in name and value == 1 for name, value in ways.items()), ways
+        d.wait(5, transfers_done=2, tokens_recomputed=0)
+        for prompt, answer in answers:
+            same(answer, along.plain(prompt))
+    finally:
+        router.stop()
+    along.free()
+
+
+def test_preempted_midway(along: Pair) -> None:
+    """Requests that decode on P grow into the blocks of the prefill: old READYs are void, the tokens are right. Eleven
+    blocks fit beside five requests of four, but not when these need a fifth one, 32 tokens on."""
+    d = Gauge(along.d)
+    for done, decoded in enumerate((100, 110, 90, 120, 80, 130), 1):
+        fillers = [
+            threading.Thread(target=ask, args=(along.p, prompt_of(480, seed=f"{decoded} {n}"), 60)) for n in range(5)
+        ]
+        now = Gauge(along.p)
+        for filler in fillers:
+            filler.start()
+        # The first of them has about a quarter of these.
+        until(lambda now=now, decoded=decoded: now.since(GENERATED) >= decoded, 60)
+        prompt = prompt_of(11 * BLOCK - 5, seed=f"preempted {decoded}")
+        got = Both(along, prompt).join()
+        for filler in fillers:
+            filler.join(120)
+        d.wait(5, transfers_done=done, tokens_recomputed=0)
+        same(got, along.plain(prompt))
+        if d.event("transfers_failed"):
+            break
+    assert d.event("transfers_failed") > 0, "the epoch that was being read has ended"
+    along.free()
+
+
+def test_decode_leaves_midway_or_while_it_waits(along: Pair) -> None:
+    prompt = prompt_of(PROMPT, seed="leave")
+    for prefill in (False, True):
+        transfer = secrets.token_bytes(16)
+        thread = threading.Thread(
+            target=along.p.post,
+            args=("/v1/completions", body(prompt, 1, PREFILL | transfer_params(transfer, stream=True))),
+        )
+        if prefill:
+            thread.start()
+        with contextlib.suppress(TimeoutError, urllib.error.URLError):
+            params = stream_params(along.address, transfer)
+            along.d.post("/v1/completions", body(prompt, 4, params), timeout=0.4)
+        if prefill:
+            thread.join(60)
+        along.free()
+
+
+@pytest.mark.parametrize("part", [5, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 3, 7, 9))])
+def test_prefill_dies_midway(along: Pair, part: int) -> None:
+    """At five different READY points: right tokens, and no more recomputed than was not confirmed."""
+    prompt = prompt_of(PROMPT, seed=f"dies {part}")
+    d = Gauge(along.d)
+    both = Both(along, prompt)
+    until(lambda: d.event("parts_confirmed") >= part, 60)
+    along.p.signal(signal.SIGKILL)
+    got = both.join()
+    d.wait(5, transfers_failed=1)
+    recomputed = d.event("tokens_recomputed")
+    same(got, along.plain(prompt))
+    assert 0 < recomputed <= PROMPT - part * CHUNK, f"{recomputed} recomputed after part {part}"
