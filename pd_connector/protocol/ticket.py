@@ -60,6 +60,10 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
             digest.update(len(group).to_bytes(4, "little") + group.astype("<u4", copy=False).tobytes())
         return digest.digest()
 
+    def with_blocks(self, *groups: Sequence[int]) -> Ticket:
+        """The same ticket with these block ids per KV cache group: what a growing lease has by now."""
+        return msgspec.structs.replace(self, blocks=tuple(tuple(int(block) for block in ids) for ids in groups))
+
     def check(self) -> None:
         """Raises LocalProtocolError for values that no reader would take, which making a ticket does not look at."""
         if not 0 <= self.tokens < 2**32 or len(self.key) > MAX_KEY_BYTES:

@@ -202,6 +202,20 @@ class TransportConformance(Endings):
             completion = self.refused(mixed, mixed.blocks(blocks, None, group), lease=lease)
             assert completion.status is Status.NOT_GRANTED, blocks
 
+    def test_a_grant_that_grows_disturbs_no_read(self, mixed: Pair) -> None:
+        """Blocks are added to a lease while others of it are read, many times."""
+        lease, plan = LeaseId(8, 1), mixed.blocks(list(range(24)))
+        for known in [*range(24, 48)] * 4:
+            mixed.owner.grant(lease, CAPABILITY, {0: list(range(known))})
+            tags = [mixed.read(plan, lease=lease) for _ in range(3)]
+            for more in (known, known + 1):
+                mixed.owner.grant(lease, CAPABILITY, {0: list(range(more))})
+            mixed.wait(*tags)
+            assert {mixed.ended[tag].status for tag in tags} == {Status.DONE}, known
+        assert mixed.wait(mixed.read(mixed.blocks([47]), lease=lease)).status is Status.DONE
+        mixed.owner.grant(lease, CAPABILITY, {0: list(range(47))})
+        assert self.refused(mixed, mixed.blocks([47]), lease=lease).status is Status.NOT_GRANTED
+
     def test_a_wrong_capability_and_a_foreign_block_look_alike(self, mixed: Pair) -> None:
         lease = LeaseId(8, 1)
         mixed.owner.grant(lease, CAPABILITY, {0: [3]})

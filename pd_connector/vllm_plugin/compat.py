@@ -46,6 +46,13 @@ def steps_in_flight(vllm_config: Any) -> int:
     return int(batches if batches is not None else vllm_config.parallel_config.pipeline_parallel_size + 1)
 
 
+def resumed_requests(cached: Any) -> set[str]:
+    """Of the requests that were scheduled before, those that come back after a preemption, with new blocks."""
+    if hasattr(cached, "resumed_req_ids"):
+        return set(cached.resumed_req_ids)
+    return {name for name, resumed in zip(cached.req_ids, cached.resumed_from_preemption, strict=True) if resumed}
+
+
 def hybrid_bases() -> tuple[type, ...]:
     """What marks a connector as one for several KV cache groups, where vLLM can also be told that a request of several
     groups failed to load; without it vLLM makes one group of all layers."""

@@ -9,6 +9,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from pd_connector.protocol.ticket import Ticket
+from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.metadata import Growth, StepOrders
 
 PREEMPTED = "its request was preempted"
@@ -69,11 +70,12 @@ class Streams:
                 known.blocks = [list(new.block_ids[group]) for group in groups]
                 self._scheduled(known, new.req_id, int(new.num_computed_tokens), output, orders)
         cached = output.scheduled_cached_reqs
+        resumed = compat.resumed_requests(cached)
         for index, request_id in enumerate(cached.req_ids):
             if (known := self._streams.get(request_id)) is None:
                 continue
             news = cached.new_block_ids[index] or ()
-            if request_id in cached.resumed_req_ids:
+            if request_id in resumed:
                 known.blocks = [list(news[group]) for group in groups]
             elif news:
                 known.blocks = [mine + list(news[group]) for mine, group in zip(known.blocks, groups, strict=True)]

@@ -29,3 +29,14 @@ def test_unlike_instances() -> None:
     # 5 blocks of 16 tokens x 4 layers x 4 heads x (K and V) x 64 channels x 2 bytes
     assert "70 tokens of 4 heads from 2 ranks, 327680 bytes, all equal" in done.stdout
     assert done.stderr == ""
+
+
+def test_streamed() -> None:
+    script = EXAMPLES / "streamed.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    # 6 blocks x 4 layers x 16 tokens x 128 channels x 2 bytes
+    assert "decode: 98304 bytes" in done.stdout
+    assert "decode: the first 16 tokens may be used" in done.stdout, "before the last one was computed"
+    assert "every block is where it belongs" in done.stdout
+    assert done.stderr == ""

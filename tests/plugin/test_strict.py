@@ -9,6 +9,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from pd_connector.errors import ConfigError
+from pd_connector.protocol.params import stream_params
 
 from .engine import reference
 from .pair import Pair, words
@@ -43,6 +44,10 @@ def check(pair: Pair, strict: bool, params: Any, prompt: list[int] = PROMPT, **m
 
 def test_no_ticket_at_all(pair: Pair, strict: bool) -> None:
     check(pair, strict, {"do_remote_prefill": True})
+
+
+def test_a_prefill_that_nobody_computes(pair: Pair, strict: bool) -> None:
+    check(pair, strict, stream_params("tcp://127.0.0.1:9", bytes(16)))
 
 
 def test_a_ticket_for_other_tokens(pair: Pair, strict: bool) -> None:

@@ -81,6 +81,7 @@ async def test_several_engines_behind_one_url_are_not_streamed(world: World) -> 
 async def test_a_busy_prefill_instance_gets_one_leg_after_the_other(world: World) -> None:
     await started(world, stream_max_queue=1)
     world.prefill[0].script.append(upstreams.slow(0.5, prefill_with()))
+    world.decode[0].script.append(upstreams.slow(1.0, upstreams.decode))
     first = asyncio.create_task(world.complete(LONG))
     await eventually(lambda: world.prefill[0].running)
     second = await world.complete(LONG)

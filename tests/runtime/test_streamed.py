@@ -37,9 +37,9 @@ class Instance:
     def compute(self, ticket: Ticket, kv: Any, first: int, last: int, complete: bool = False) -> None:
         """One step of a chunked prefill on every rank: bytes first, then the word."""
         write(self.ranks, kv, self.ids, first, last)
-        blocks = tuple(int(block) for block in self.ids[: -(-last // self.style.block_tokens)])
+        grown = ticket.with_blocks(self.ids[: -(-last // self.style.block_tokens)].tolist())
         for agent in self.agents:
-            agent.grow(msgspec.structs.replace(ticket, blocks=(blocks,)), [last], complete=complete)
+            agent.grow(grown, [last], complete=complete)
 
 
 @contextlib.asynccontextmanager
@@ -229,4 +229,4 @@ async def test_what_cannot_be_followed_is_refused_at_once() -> None:
         with pytest.raises(LocalProtocolError, match="1 groups, 2 counts"):
             owner.agents[0].grow(ticket, [1, 2])
         with pytest.raises(LocalProtocolError, match="cannot be leased"):
-            owner.agents[0].grow(msgspec.structs.replace(ticket, blocks=((BLOCKS,),)), [16])
+            owner.agents[0].grow(ticket.with_blocks([BLOCKS]), [16])

@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import signal
 import sys
+import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_connector.demo.instance import Instance, free_port, vllm_instance
+from pd_connector.protocol.params import stream_params, transfer_params
 from pd_connector.testing.faults import Rule, read_events, write_script
 
 BLOCK = 128
@@ -74,6 +77,39 @@ def prefill(server: Instance, prompt: Sequence[int], **more: Any) -> dict[str, A
     ticket = got["kv_transfer_params"]
     assert ticket is not None
     return dict(ticket)
+
+
+class Both:
+    """One request at both instances at once, each leg in a thread."""
+
+    def __init__(self, p: Instance, d: Instance, address: str, prompt: list[int], tokens: int = 6) -> None:
+        self.transfer = secrets.token_bytes(16)
+        self.answer: Answer | None = None
+        self.failure: Exception | None = None
+        self._p, self._d, self._address, self._prompt, self._tokens = p, d, address, prompt, tokens
+        self._threads = [threading.Thread(target=self._prefill), threading.Thread(target=self._decode)]
+        for thread in self._threads:
+            thread.start()
+
+    def _prefill(self) -> None:
+        params = {"do_remote_decode": True} | transfer_params(self.transfer, stream=True)
+        with contextlib.suppress(OSError):  # it may be killed under our hands
+            self._p.post("/v1/completions", body(self._prompt, 1, params))
+
+    def _decode(self) -> None:
+        params = stream_params(self._address, self.transfer)
+        try:
+            self.answer = ask(self._d, self._prompt, self._tokens, params)
+        except Exception as failure:
+            self.failure = failure
+
+    def join(self) -> Answer:
+        for thread in self._threads:
+            thread.join(120)
+        if self.failure is not None:
+            raise self.failure
+        assert self.answer is not None, "no answer in time"
+        return self.answer
 
 
 def same(got: Answer, plain: Answer) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import BLOCK, BLOCK_BYTES, LAYERS, Cluster, Gauge, Held, ask, prefill, prompt_of, same, until
+from serving import BLOCK, BLOCK_BYTES, LAYERS, Both, Cluster, Gauge, Held, ask, prefill, prompt_of, same, until
 
 from pd_connector.demo.instance import Instance, vllm_instance
+from pd_connector.protocol.params import address_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -28,6 +29,15 @@ def loaded_by_both(p: Instance, d: Instance, prompt: list[int]) -> bool:
     return True
 
 
+def read_along_by_both(p: Instance, d: Instance, prompt: list[int]) -> bool:
+    """As above, but D's ranks read while P's compute."""
+    gauge = Gauge(d)
+    address = address_of(prefill(p, prompt_of(20)))
+    assert address is not None
+    same(Both(p, d, address, prompt).join(), ask(p, prompt, 6, cache_salt="plain"))
+    return gauge.event("transfers_done") == 2 and gauge.event("tokens_recomputed") == 0
+
+
 def test_two_ranks_on_each_side(servers: Cluster, tmp_path: Path, model: Path) -> None:
     servers.stop()  # two cores do not carry more
     both, d = (
@@ -37,7 +47,10 @@ def test_two_ranks_on_each_side(servers: Cluster, tmp_path: Path, model: Path) -
             tmp_path / name,
             role=role,
             extra={"audit": True},
-            arguments=("--tensor-parallel-size", "2", "--num-gpu-blocks-override", "32", "--max-model-len", "3072"),
+            arguments=(
+                *("--tensor-parallel-size", "2", "--num-gpu-blocks-override", "32", "--max-model-len", "3072"),
+                *("--max-num-batched-tokens", "512"),
+            ),
             environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         )
         for name, role in (("P", "kv_both"), ("D", "kv_consumer"))
@@ -49,6 +62,7 @@ def test_two_ranks_on_each_side(servers: Cluster, tmp_path: Path, model: Path) -
             server.wait_ready(350)
         assert any(loaded_by_both(both, d, prompt_of(300, seed=seed)) for seed in range(4))
         assert any(loaded_by_both(both, d, prompt_of(1000, seed=seed)) for seed in range(4))
+        assert any(read_along_by_both(both, d, prompt_of(2000, seed=seed)) for seed in range(4))
         for server in (both, d):
             held = Held(server)
             until(held.nothing, 10, lambda held=held: f"{held}")

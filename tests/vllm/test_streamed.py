@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from serving import BLOCK, Answer, Gauge, Held, ask, body, prompt_of, same, until
+from serving import BLOCK, Answer, Both, Gauge, Held, ask, body, prompt_of, same, until
 
 from pd_connector.demo.instance import Instance, free_port, vllm_instance
 from pd_connector.demo.model import ModelShape, build_model
@@ -41,6 +41,9 @@ class Pair:
     def plain(self, prompt: list[int], tokens: int = 6) -> Answer:
         """Computed by D alone, under a salt that nothing was handed over with."""
         return ask(self.d, prompt, tokens, cache_salt=f"plain {time.monotonic()}")
+
+    def both(self, prompt: list[int]) -> Both:
+        return Both(self.p, self.d, self.address, prompt)
 
     def free(self, seconds: float = 5.0) -> None:
         for server in (self.p, self.d):
@@ -83,44 +86,11 @@ def along(servers_along: Pair) -> Pair:
     return servers_along
 
 
-class Both:
-    """One request at both instances at once, each leg in a thread."""
-
-    def __init__(self, pair: Pair, prompt: list[int], tokens: int = 6) -> None:
-        self.transfer = secrets.token_bytes(16)
-        self.answer: Answer | None = None
-        self.failure: Exception | None = None
-        self._pair, self._prompt, self._tokens = pair, prompt, tokens
-        self._threads = [threading.Thread(target=self._prefill), threading.Thread(target=self._decode)]
-        for thread in self._threads:
-            thread.start()
-
-    def _prefill(self) -> None:
-        params = PREFILL | transfer_params(self.transfer, stream=True)
-        with contextlib.suppress(OSError):  # it may be killed under our hands
-            self._pair.p.post("/v1/completions", body(self._prompt, 1, params))
-
-    def _decode(self) -> None:
-        params = stream_params(self._pair.address, self.transfer)
-        try:
-            self.answer = ask(self._pair.d, self._prompt, self._tokens, params)
-        except Exception as failure:
-            self.failure = failure
-
-    def join(self) -> Answer:
-        for thread in self._threads:
-            thread.join(120)
-        if self.failure is not None:
-            raise self.failure
-        assert self.answer is not None, "no answer in time"
-        return self.answer
-
-
 @pytest.mark.parametrize("length", [31, 129, CHUNK, PROMPT])
 def test_read_along(along: Pair, length: int) -> None:
     prompt = prompt_of(length, seed="along")
     d = Gauge(along.d)
-    got = Both(along, prompt).join()
+    got = along.both(prompt).join()
     d.wait(5, transfers_done=1, tokens_recomputed=0)
     assert d.since("pdc_audit_digests_compared_total") == -(-length // BLOCK) * SLOW.layers
     same(got, along.plain(prompt))
@@ -130,7 +100,7 @@ def test_read_along(along: Pair, length: int) -> None:
 def test_several_along(along: Pair) -> None:
     prompts = [prompt_of(600, seed=f"several {n}") for n in range(4)]
     d = Gauge(along.d)
-    running = [Both(along, prompt) for prompt in prompts]
+    running = [along.both(prompt) for prompt in prompts]
     answers = [both.join() for both in running]
     d.wait(5, transfers_done=4, tokens_recomputed=0)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -175,7 +145,7 @@ def test_preempted_midway(along: Pair) -> None:
         # The first of them has about a quarter of these.
         until(lambda now=now, decoded=decoded: now.since(GENERATED) >= decoded, 60)
         prompt = prompt_of(11 * BLOCK - 5, seed=f"preempted {decoded}")
-        got = Both(along, prompt).join()
+        got = along.both(prompt).join()
         for filler in fillers:
             filler.join(120)
         d.wait(5, transfers_done=done, tokens_recomputed=0)
@@ -209,7 +179,7 @@ def test_prefill_dies_midway(along: Pair, part: int) -> None:
     """At five different READY points: right tokens, and no more recomputed than was not confirmed."""
     prompt = prompt_of(PROMPT, seed=f"dies {part}")
     d = Gauge(along.d)
-    both = Both(along, prompt)
+    both = along.both(prompt)
     until(lambda: d.event("parts_confirmed") >= part, 60)
     along.p.signal(signal.SIGKILL)
     got = both.join()

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from models import build
-from serving import Cluster, Gauge, Held, ask, prefill, prompt_of, same, until
+from serving import Both, Cluster, Gauge, Held, ask, prefill, prompt_of, same, until
 
 from pd_connector.demo.instance import Instance, vllm_instance
+from pd_connector.protocol.params import address_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
 
 BOTH_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-COMMON = ("--max-model-len", "2000")
+COMMON = ("--max-model-len", "2000", "--max-num-batched-tokens", "512")
 
 
 @contextlib.contextmanager
@@ -48,12 +49,15 @@ def running(model: Path, tmp_path: Path, *arguments: Sequence[str]) -> Iterator[
             instance.stop()
 
 
-def hand_over(p: Instance, d: Instance, length: int, ranks: int = 1, seed: int = 1) -> bool:
+def hand_over(p: Instance, d: Instance, length: int, ranks: int = 1, seed: int = 1, along: bool = False) -> bool:
     """The answer is right in any case. False when a rank starved longer than the protocol waits (several busy ranks on
-    two cores); otherwise every byte was compared, and nothing computed twice."""
-    prompt = prompt_of(length, seed=seed)
+    two cores); otherwise every byte was compared, and nothing computed twice. ``along``: D reads while P computes."""
+    prompt = prompt_of(length, seed=f"along {seed}" if along else seed)
+    address = address_of(prefill(p, prompt_of(20, seed=seed)))
+    assert address is not None
     gauge = Gauge(d)
-    same(ask(d, prompt, 6, prefill(p, prompt)), ask(d, prompt, 6, cache_salt="plain"))
+    got = Both(p, d, address, prompt).join() if along else ask(d, prompt, 6, prefill(p, prompt))
+    same(got, ask(d, prompt, 6, cache_salt="plain"))
     if gauge.event("transfers_done") < ranks:
         return False
     assert gauge.event("tokens_recomputed") == 0
@@ -71,6 +75,8 @@ def test_two_ranks_and_one(servers: Cluster, model: Path, tmp_path: Path) -> Non
         for length in (300, 1000):
             assert any(hand_over(two, one, length, seed=seed) for seed in range(4))
             assert any(hand_over(one, two, length, ranks=2, seed=seed) for seed in range(4))
+        assert any(hand_over(two, one, 1400, seed=seed, along=True) for seed in range(4))
+        assert any(hand_over(one, two, 1400, ranks=2, seed=seed, along=True) for seed in range(4))
 
 
 def test_small_blocks_and_large_ones(servers: Cluster, model: Path, tmp_path: Path) -> None:
@@ -82,6 +88,8 @@ def test_small_blocks_and_large_ones(servers: Cluster, model: Path, tmp_path: Pa
         for length in (31, 300, 1000):
             assert hand_over(small, large, length)
             assert hand_over(large, small, length, seed=2)
+        assert hand_over(small, large, 1400, along=True)
+        assert hand_over(large, small, 1400, along=True)
 
 
 @pytest.mark.slow
@@ -97,3 +105,5 @@ def test_models_of_other_kinds(servers: Cluster, model: Path, tmp_path: Path, ki
         if kind == "gemma3":  # far less than all blocks of all layers
             whole = 6 * 131072 * sum(-(-length // 128) for length in (2, 128, 257, 300, 1024, 1900))
             assert gauge.since("pdc_bytes_transferred_sum") < 0.6 * whole
+        for length in (2, 300, 1900):
+            assert hand_over(p, d, length, along=True)
