@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_connector.demo.instance import Instance, free_port, vllm_instance
-from pd_connector.protocol.params import stream_params, transfer_params
+from pd_connector.protocol.params import address_of, stream_params, transfer_params
 from pd_connector.testing.faults import Rule, read_events, write_script
 
 BLOCK = 128
@@ -77,6 +77,16 @@ def prefill(server: Instance, prompt: Sequence[int], **more: Any) -> dict[str, A
     ticket = got["kv_transfer_params"]
     assert ticket is not None
     return dict(ticket)
+
+
+def address_between(p: Instance, d: Instance) -> str:
+    """Where P's agent answers, as a router learns it: from a ticket, which D takes."""
+    prompt = prompt_of(20, seed=time.monotonic_ns())
+    ticket = prefill(p, prompt)
+    ask(d, prompt, 1, ticket)
+    address = address_of(ticket)
+    assert address is not None
+    return address
 
 
 class Both:

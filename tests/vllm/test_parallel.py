@@ -5,10 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import BLOCK, BLOCK_BYTES, LAYERS, Both, Cluster, Gauge, Held, ask, prefill, prompt_of, same, until
+from serving import (
+    BLOCK,
+    BLOCK_BYTES,
+    LAYERS,
+    Both,
+    Cluster,
+    Gauge,
+    Held,
+    address_between,
+    ask,
+    prefill,
+    prompt_of,
+    same,
+    until,
+)
 
 from pd_connector.demo.instance import Instance, vllm_instance
-from pd_connector.protocol.params import address_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -31,13 +44,13 @@ def loaded_by_both(p: Instance, d: Instance, prompt: list[int]) -> bool:
 
 def read_along_by_both(p: Instance, d: Instance, prompt: list[int]) -> bool:
     """As above, but D's ranks read while P's compute."""
+    address = address_between(p, d)
     gauge = Gauge(d)
-    address = address_of(prefill(p, prompt_of(20)))
-    assert address is not None
     same(Both(p, d, address, prompt).join(), ask(p, prompt, 6, cache_salt="plain"))
     return gauge.event("transfers_done") == 2 and gauge.event("tokens_recomputed") == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_on_each_side(servers: Cluster, tmp_path: Path, model: Path) -> None:
     servers.stop()  # two cores do not carry more
     both, d = (

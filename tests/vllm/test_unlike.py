@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from models import build
-from serving import Both, Cluster, Gauge, Held, ask, prefill, prompt_of, same, until
+from serving import Both, Cluster, Gauge, Held, address_between, ask, prefill, prompt_of, same, until
 
 from pd_connector.demo.instance import Instance, vllm_instance
-from pd_connector.protocol.params import address_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
 
@@ -53,8 +52,7 @@ def hand_over(p: Instance, d: Instance, length: int, ranks: int = 1, seed: int =
     """The answer is right in any case. False when a rank starved longer than the protocol waits (several busy ranks on
     two cores); otherwise every byte was compared, and nothing computed twice. ``along``: D reads while P computes."""
     prompt = prompt_of(length, seed=f"along {seed}" if along else seed)
-    address = address_of(prefill(p, prompt_of(20, seed=seed)))
-    assert address is not None
+    address = address_between(p, d) if along else ""
     gauge = Gauge(d)
     got = Both(p, d, address, prompt).join() if along else ask(d, prompt, 6, prefill(p, prompt))
     same(got, ask(d, prompt, 6, cache_salt="plain"))
