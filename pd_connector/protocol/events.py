@@ -363,6 +363,7 @@ class Promised:
     """Exactly one per Expect that is not disclaimed: the ticket, without blocks, of a lease that is held now; or why
     there is none."""
 
+    address: str
     capability: bytes
     ticket: Ticket | None
     reason: str = ""

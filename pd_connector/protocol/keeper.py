@@ -10,13 +10,15 @@ from pd_connector.protocol.messages import Await, Granted, Renewed, Renounce, St
 from pd_connector.protocol.ticket import Ticket
 
 TicketKey = tuple[int, int, int]
+Expected = tuple[str, bytes]
+"""Address and capability."""
 
 
 class Keeper:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._kept: dict[TicketKey, tuple[Ticket, float]] = {}
-        self._expected: dict[bytes, tuple[Expect, float]] = {}
+        self._expected: dict[Expected, tuple[Expect, float]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -69,35 +71,36 @@ class Keeper:
     def close(self) -> None:
         for key in list(self._kept):
             self._forget(key)
-        for capability in list(self._expected):
-            self._promised(capability, None, "this agent closed")
+        for expected in list(self._expected):
+            self._promised(expected, None, "this agent closed")
 
     # --- leases that are not granted yet ------------------------------------------------------------------------------
 
     def expect(self, event: Expect, now: float) -> None:
-        if event.capability in self._expected:
-            return
-        self._expected[event.capability] = event, now + event.seconds
+        """A second one waits with the first: as long as the longer of them."""
+        key = event.address, event.capability
+        _, until = self._expected.get(key, (event, 0.0))
+        self._expected[key] = event, max(until, now + event.seconds)
         if len(self._expected) > self._context.limits.max_leases:
-            self._promised(event.capability, None, "too many leases are being waited for here (max_leases)")
+            self._promised(key, None, "too many leases are being waited for here (max_leases)")
         else:
-            self.ask(event.capability, now)
+            self.ask(key, now)
 
-    def ask(self, capability: bytes, now: float) -> None:
-        event, until = self._expected[capability]
+    def ask(self, key: Expected, now: float) -> None:
+        event, until = self._expected[key]
         if now >= until:
-            self._promised(capability, None, f"no lease within {event.seconds:g} s: is its request still in a queue?")
+            self._promised(key, None, f"no lease within {event.seconds:g} s: is its request still in a queue?")
             return
-        self._context.timers.set(("expect", capability), min(now + self._context.limits.ask, until))
-        self._context.send(event.address, Await(src=self._context.incarnation, dst=0, capability=capability))
+        self._context.timers.set(("expect", key), min(now + self._context.limits.ask, until))
+        self._context.send(event.address, Await(src=self._context.incarnation, dst=0, capability=event.capability))
 
     def granted(self, route: str, message: Granted) -> None:
-        expected = self._expected.get(message.capability)
-        if expected is None or expected[0].address != route:
+        key = route, message.capability
+        if key not in self._expected:
             self._context.counters["late_events"] += 1
             return
         if not message.held:
-            self._promised(message.capability, None, message.reason)
+            self._promised(key, None, message.reason)
             return
         ticket = Ticket(
             address=route,
@@ -109,25 +112,25 @@ class Keeper:
             tokens=message.tokens,
             key=message.key,
         )
-        self._promised(message.capability, ticket, "")
+        self._promised(key, ticket, "")
 
     def disconnected(self, route: str, reason: str) -> None:
-        for capability, (event, _) in list(self._expected.items()):
-            if event.address == route:
-                self._promised(capability, None, f"{route}: {reason}")
+        for key in [key for key in self._expected if key[0] == route]:
+            self._promised(key, None, f"{route}: {reason}")
 
     def disclaim(self, event: Disclaim) -> None:
-        if self._expected.pop(event.capability, None) is not None:
-            self._context.timers.cancel(("expect", event.capability))
+        key = event.address, event.capability
+        if self._expected.pop(key, None) is not None:
+            self._context.timers.cancel(("expect", key))
         if event.renounce:
             self._context.counters["tickets_released"] += 1
             me = self._context.incarnation
             self._context.send(event.address, Renounce(src=me, dst=0, capability=event.capability))
 
-    def _promised(self, capability: bytes, ticket: Ticket | None, reason: str) -> None:
-        del self._expected[capability]
-        self._context.timers.cancel(("expect", capability))
-        self._context.notify(Promised(capability, ticket, reason))
+    def _promised(self, key: Expected, ticket: Ticket | None, reason: str) -> None:
+        del self._expected[key]
+        self._context.timers.cancel(("expect", key))
+        self._context.notify(Promised(*key, ticket, reason))
 
     # --- in common ----------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,10 @@ class LeaseTable:
     def reason_of(self, number: int) -> str:
         return self._ended[number][1][1] if number in self._ended else str(Unknown.GONE)
 
+    def end_for_good(self, number: int, reason: str, now: float) -> None:
+        """No further epoch will come of a lease that has ended."""
+        self._ended[number] = (now, (2**32 - 1, reason, False))
+
     def comes_again(self, number: int) -> bool:
         return number in self._ended and self._ended[number][1][2]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from fractions import Fraction
 
+import numpy as np
+
 from pd_connector.errors import LocalProtocolError
 from pd_connector.protocol.audit import audit_problem, first_difference, sides_of
 from pd_connector.protocol.context import Context
@@ -94,9 +96,11 @@ class Owner:
             return
         if not lease.growing or lease.complete:
             raise LocalProtocolError(f"lease {event.number} does not grow (any more)")
-        before = [len(lease.blocks.get(group, ())) for group in range(len(event.tokens))]
-        shrinks = any(len(event.blocks.get(group, ())) < count for group, count in enumerate(before))
-        if shrinks or any(now < then for now, then in zip(event.tokens, lease.tokens, strict=False)):
+        others = any(
+            not np.array_equal(np.asarray(event.blocks.get(group, ()))[: len(ids)], ids)
+            for group, ids in lease.blocks.items()
+        )
+        if others or any(now < then for now, then in zip(event.tokens, lease.tokens, strict=False)):
             raise LocalProtocolError(f"lease {event.number}: blocks and tokens of a lease that grows are only added")
         lease.blocks, lease.tokens, lease.complete = event.blocks, event.tokens, event.complete
         lease.terms = event.terms
@@ -105,7 +109,10 @@ class Owner:
 
     def end(self, number: int, reason: str, now: float, again: bool = False) -> None:
         lease = self.table.get(number)
-        if lease is None:
+        if lease is None and not again and self.table.comes_again(number):
+            self.table.end_for_good(number, reason, now)
+            self._unpark(number, now)
+        elif lease is None:
             self._context.counters["late_events"] += 1
         elif lease.step(LeaseInput.TAKEN_BACK, reason):
             lease.again = again

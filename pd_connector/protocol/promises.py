@@ -24,6 +24,8 @@ class Promises:
         """Renounced, or of leases that ended: why, and when, so that it can be forgotten."""
         self._waiting: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         """Who awaits what: the asker's incarnation. They ask again, so the oldest may be forgotten."""
+        self._routes: dict[bytes, set[str]] = {}
+        """The same by capability."""
 
     def granted(self, lease: Lease) -> str:
         """Why it has to end at once, or nothing."""
@@ -48,14 +50,24 @@ class Promises:
         key = route, message.capability
         self._waiting[key] = message.src
         self._waiting.move_to_end(key)
+        self._routes.setdefault(message.capability, set()).add(route)
         if len(self._waiting) > self._context.limits.max_parked:
-            self._waiting.popitem(last=False)
+            self._forget(next(iter(self._waiting)))
         self._context.timers.set(("await", key), now + self._context.limits.awaited)
         self._answer(message.capability)
 
     def give_up(self, key: tuple[str, bytes]) -> None:
         """The asker did not repeat itself: it is gone, or has what it needs."""
-        self._waiting.pop(key, None)
+        self._forget(key)
+
+    def _forget(self, key: tuple[str, bytes]) -> int:
+        self._context.timers.cancel(("await", key))
+        route, capability = key
+        routes = self._routes.get(capability, set())
+        routes.discard(route)
+        if not routes:
+            self._routes.pop(capability, None)
+        return self._waiting.pop(key, 0)
 
     def renounce(self, message: Renounce, now: float) -> Lease | None:
         """The lease that has to end, if it is held."""
@@ -72,8 +84,7 @@ class Promises:
 
     def close(self) -> None:
         for key in list(self._waiting):
-            self._context.timers.cancel(("await", key))
-        self._waiting.clear()
+            self._forget(key)
 
     def _remember(self, capability: bytes, reason: str, now: float) -> None:
         self._over.pop(capability, None)
@@ -87,9 +98,8 @@ class Promises:
         lease, over = self._held.get(capability), self._over.get(capability)
         if lease is None and over is None:
             return
-        for route, asked in [key for key in self._waiting if key[1] == capability]:
-            src = self._waiting.pop((route, asked))
-            self._context.timers.cancel(("await", (route, asked)))
+        for route in list(self._routes.get(capability, ())):
+            src = self._forget((route, capability))
             self._context.send(route, self._answer_to(src, capability, lease, "" if over is None else over[1]))
 
     def _answer_to(self, asker: int, capability: bytes, lease: Lease | None, reason: str) -> Granted:

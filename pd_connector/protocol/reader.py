@@ -89,6 +89,8 @@ class Reader:
         if transfer.pull.audit and _too_long(event.part):
             self._give_up(transfer, TransferFailed(f"{self._words(transfer)}: {_TOO_LONG}"), now)
             return
+        # Every part is of what was asked for, so there is an end to them; what an owner says beyond it is no progress.
+        self._context.timers.set(("transfer", event.transfer), now + transfer.pull.timeout)
         transfer.plans.append(event.part)
         transfer.parts.append(PartState.PENDING)
         transfer.more = not event.last
@@ -346,9 +348,8 @@ class Reader:
         transfer.told = [known + len(each) for known, each in zip(told, news, strict=True)]
         transfer.ready = tuple(map(max, message.tokens, before))
         transfer.complete = message.complete
-        if transfer.ready == before and not message.complete:
+        if transfer.ready == before and not message.complete and not any(map(len, news)):
             return  # a repeat
-        self._context.timers.set(("transfer", transfer.pull.transfer), now + transfer.pull.timeout)
         self._context.notify(BlocksReady(transfer.pull.transfer, transfer.ready, tuple(news), message.complete))
 
     def refused(self, route: str, message: Refused, now: float) -> None:

@@ -88,6 +88,7 @@ class HandOver:
         self._transfer = b""
         self._address: str | None = None
         self.mode: Mode | None = None
+        self._stream_failed = False
         self._prefill = _Attempts(fleet.prefill)
         self._decode = _Attempts(fleet.decode)
         self._attempts = 1
@@ -156,7 +157,7 @@ class HandOver:
         settings = self._settings
         self.mode = (
             AGAIN
-            if self.mode is not None and self.mode.streamed
+            if self._stream_failed
             else choose_mode(
                 self._choice.estimated_tokens(),
                 settings.stream_min_tokens,
@@ -180,6 +181,7 @@ class HandOver:
             await self._decode_leg(stream_params(self._address, self._transfer))
             done = True
         except LegFailed as failure:
+            self._stream_failed = True
             await self._prepare_retry(self._decode, failure, same_again=True)
         finally:
             if not done or not prefill.done():
@@ -212,6 +214,7 @@ class HandOver:
         try:
             await self._prefill_leg(exchange)
         except LegFailed as failure:
+            self._renounce()
             await self._prepare_retry(self._prefill, failure, same_again=failure.connection)
             return False
         try:

@@ -63,7 +63,7 @@ class Agent:
         self._feed = self._driver.feed
         self._pulls = Pulls(self.name, self._feed, self.core.new_id, self._driver.clock)
         self._lease_ends: dict[int, asyncio.Future[str]] = {}
-        self._promises: dict[bytes, asyncio.Future[ev.Promised]] = {}
+        self._promises: dict[tuple[str, bytes], list[asyncio.Future[ev.Promised]]] = {}
         self._drained: asyncio.Event = asyncio.Event()
         self._populator = ThreadPoolExecutor(1, thread_name_prefix="pdc-populate")
         self._last_lease = 0
@@ -405,13 +405,16 @@ class Agent:
 
         Raises PeerLost, saying why there is none."""
         future: asyncio.Future[ev.Promised] = self._loop.create_future()
-        self._promises[capability] = future
-        self.start_expecting(address, capability, seconds)
+        waiting = self._promises.setdefault((address, capability), [])
+        waiting.append(future)
         try:
+            self.start_expecting(address, capability, seconds)
             note = await future
         finally:
-            self._promises.pop(capability, None)
-            self.disclaim(address, capability)
+            waiting.remove(future)
+            if not waiting:
+                self._promises.pop((address, capability), None)
+                self.disclaim(address, capability)
         if note.ticket is None:
             raise PeerLost(f"the agent at {address} leases nothing under this capability: {note.reason}")
         return note.ticket
@@ -475,9 +478,10 @@ class Agent:
                 self._pulls.ready(note)
             case ev.PartConfirmed():
                 self._pulls.confirmed(note)
-            case ev.Promised(capability):
-                if (promised := self._promises.get(capability)) is not None and not promised.done():
-                    promised.set_result(note)
+            case ev.Promised(address, capability):
+                for promised in self._promises.get((address, capability), ()):
+                    if not promised.done():
+                        promised.set_result(note)
             case ev.LeaseEnded(number, _, reason):
                 future = self._lease_ends.pop(number, None)
                 if future is not None and not future.done():

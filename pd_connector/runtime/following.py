@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,11 +16,12 @@ from pd_connector.runtime.planner import Demand, Ids
 class _Track:
     """Of one owner rank: per group its blocks, and up to which token it is planned; for each part how far it goes."""
 
-    sources: list[Ids]
+    sources: list[list[Ids]]
     planned: list[int]
     ends: list[tuple[int, ...]] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
-    """Parts that are confirmed."""
+    """Parts that are confirmed behind ``whole``, the first one that is not."""
+    whole: int = 0
 
 
 class Following:
@@ -36,38 +36,50 @@ class Following:
             self._add(transfer)
 
     def _add(self, transfer: int) -> None:
-        none = np.zeros(0, np.uint32)
         first = [demand.first for demand in self.demands]
-        self._tracks[transfer] = _Track([none] * len(first), first)
+        self._tracks[transfer] = _Track([[np.zeros(0, np.uint32)] for _ in first], first)
 
     def more(self, note: BlocksReady) -> list[Demand]:
-        """What can be read now that could not before: per group a range, which may be empty.
+        """What can be read now that could not before: per group a range, which may be empty. None at all when that
+        makes no part: nothing that is wanted is new.
 
         Raises TransferFailed when the lease is complete without all that is wanted."""
-        track, out = self._tracks[note.transfer], []
+        track, ranges = self._tracks[note.transfer], []
         for group, demand in enumerate(self.demands):
-            track.sources[group] = np.concatenate([track.sources[group], np.asarray(note.blocks[group], np.uint32)])
+            track.sources[group].append(np.asarray(note.blocks[group], np.uint32))
             first, last = track.planned[group], min(note.tokens[group], demand.last)
             if note.complete and last < demand.last:
                 raise TransferFailed(f"the lease is complete with {last} of {demand.last} tokens of group {group}")
             if not note.complete:
                 last -= last % self._units[group]
-            last = track.planned[group] = max(first, last)
-            ends = demand.to_the_end and last == demand.last
-            out.append(replace(demand, source=track.sources[group], first=first, last=last, to_the_end=ends))
+            ranges.append((first, max(first, last)))
+        if not note.complete and all(first == last for first, last in ranges):
+            return []
+        track.planned = [last for _, last in ranges]
         track.ends.append(tuple(track.planned))
-        return out
+        return [self._demand(track, group, *each) for group, each in enumerate(ranges)]
+
+    def _demand(self, track: _Track, group: int, first: int, last: int) -> Demand:
+        demand = self.demands[group]
+        source = np.concatenate(track.sources[group])
+        track.sources[group] = [source]
+        ends = demand.to_the_end and last == demand.last
+        return replace(demand, source=source, first=first, last=last, to_the_end=ends)
 
     def confirmed(self, transfer: int, part: int) -> None:
-        self._tracks[transfer].done.add(part)
+        track = self._tracks[transfer]
+        track.done.add(part)
+        while track.whole in track.done:
+            track.done.remove(track.whole)
+            track.whole += 1
 
     @property
     def usable(self) -> tuple[int, ...]:
         """Per group, up to which token everything may be used: parts are confirmed in any order, so without a gap."""
         reached = []
         for track in self._tracks.values():
-            whole = next(part for part in itertools.count() if part not in track.done)
-            reached.append(track.ends[whole - 1] if whole else tuple(demand.first for demand in self.demands))
+            some = track.ends[track.whole - 1] if track.whole else tuple(demand.first for demand in self.demands)
+            reached.append(some)
         return tuple(map(min, zip(*reached, strict=True)))
 
     def rest(self) -> tuple[Demand, ...]:

@@ -172,6 +172,8 @@ class Pulls:
         assert self.planner is not None
         try:
             demands = pull.following.more(note)
+            if not demands:
+                return
             part = self.planner.part(pull.owners, pull.legs[note.transfer].rank, demands)
         except Exception as error:  # whatever a peer says it has
             cause = error if isinstance(error, PDError) else TransferFailed(f"{type(error).__name__}: {error}")

@@ -27,6 +27,7 @@ class Hope:
     ticket: Ticket | None = None
     stream: tuple[str, bytes] | None = None
     waits: bool = False
+    promised: ev.Promised | None = None
     problem: str = ""
     attempted: bool = False
     loading: bool = False
@@ -37,7 +38,6 @@ class DecodeSide:
         self._side = side
         self._hopes: dict[str, Hope] = {}
         self._lost: set[bytes] = set()
-        self._promised: dict[bytes, ev.Promised] = {}
 
     def __len__(self) -> int:
         """Requests that were handed over and have not ended."""
@@ -85,11 +85,13 @@ class DecodeSide:
     def _scheduled(self, request: Any, hope: Hope) -> None:
         """The prefill that a request waits for is scheduled, or will not be."""
         assert hope.stream is not None
-        note = self._promised.pop(hope.stream[1], None)
+        note, hope.promised = hope.promised, None
         if note is None:
             return
         hope.waits, hope.ticket = False, note.ticket
         if note.ticket is None:
+            # Should there be one later, nobody will read under it.
+            self._side.portal.post(partial(self._side.agent.disclaim, *hope.stream, renounce=True))
             self._decline(request, hope, "streams_without_lease", note.reason)
             return
         self._look_at(request, hope, note.ticket)
@@ -196,7 +198,6 @@ class DecodeSide:
         if hope.ticket is not None:
             self._lost.discard(hope.ticket.capability)
         if hope.waits and hope.stream is not None:
-            self._promised.pop(hope.stream[1], None)
             self._side.portal.post(partial(self._side.agent.disclaim, *hope.stream, renounce=True))
         if not hope.attempted and not hope.problem and hope.ticket is not None:
             self._side.portal.post(self._release, hope.ticket)
@@ -220,9 +221,10 @@ class DecodeSide:
             case ev.TicketLost(ticket):
                 if any(hope.ticket is ticket for hope in self._hopes.values()):
                     self._lost.add(ticket.capability)
-            case ev.Promised(capability):
-                if any(hope.waits and hope.stream and hope.stream[1] == capability for hope in self._hopes.values()):
-                    self._promised[capability] = note
+            case ev.Promised(address, capability):
+                for hope in self._hopes.values():
+                    if hope.waits and hope.stream == (address, capability):
+                        hope.promised = note
             case _:
                 pass
 

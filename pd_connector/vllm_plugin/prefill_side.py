@@ -82,6 +82,8 @@ class PrefillSide:
             self._keep_back(request, "states_not_handed_over", STATES)
             return False, None
         stream = self._streams.get(request.request_id)
+        if stream is not None and stream.over:
+            return False, None
         if stream is not None and stream.granted:
             ticket = self._close_stream(stream, blocks)
         else:
@@ -90,8 +92,6 @@ class PrefillSide:
             self._side.portal.post(self._grant_here, ticket)
         self._leases[ticket.lease] = request.request_id
         self._lease_of[request.request_id] = ticket.lease
-        if stream is not None and stream.over:
-            return True, None  # until the workers have ended it, too
         return True, to_params(
             ticket,
             request_id=request.request_id,
@@ -174,19 +174,20 @@ class PrefillSide:
     def _close_stream(self, stream: Stream, blocks: tuple[tuple[int, ...], ...]) -> Ticket:
         """Its request is done: whatever was not ready before is, and the blocks are free when the lease ends."""
         ticket = stream.ticket = replace(stream.ticket, blocks=blocks)
-        if not stream.complete and not stream.over:
+        if not stream.complete:
             sizes = [1 if state else stream.ticket.tokens for state in self._side.states]
             self._side.orders.ready.append(Growth(ticket, tuple(sizes), True))
         self._side.orders.closes.append(ticket.lease)
         return ticket
 
     def _drop_stream(self, stream: Stream) -> None:
-        """Its request was aborted: the blocks are free at once."""
+        """Its request was aborted, or nobody reads: the blocks are free at once."""
         reason, ticket = "its request ended before its prompt was computed", stream.ticket
         self._side.portal.post(self._side.agent.deny, ticket.capability, reason)
-        if not stream.granted:
-            return
-        self._side.orders.ends.append((ticket.lease, ticket.epoch, reason, False))
+        if not ticket.lease:
+            return  # it was never scheduled
+        # Of a preempted one the last epoch has ended, and those who wait for the next one have to be told.
+        self._side.orders.ends.append((ticket.lease, ticket.epoch - (not stream.granted), reason, False))
         self._side.orders.drops.append(ticket.lease)
         self._leases.pop(ticket.lease, None)
         self._side.portal.post(self._side.agent.end, ticket.lease, reason)

@@ -101,8 +101,8 @@ class Streams:
             stream.granted = True
             stream.ticket = self._grant(request_id, stream.ticket)
             orders.grants.append((request_id, stream.ticket, True))
-            if computed:  # found in the prefix cache
-                orders.ready.append(self._growth(stream, computed))
+        # Also what was found in the prefix cache waits for the end of the step: vLLM puts blocks there when it
+        # schedules them, and another request may write them in this very step.
         orders.computing.append(self._growth(stream, computed + int(output.num_scheduled_tokens[request_id])))
 
     def _growth(self, stream: Stream, computed: int) -> Growth:

@@ -203,7 +203,10 @@ class PDWorker:
                 logger.warning("request %s: load failed: %s", load.request_id, note.error)
             if note.outcome != "done" and load.ticket is not None:
                 # No rank will use what it reads under this ticket, and a pull that got no connection told nobody.
-                agent.release(load.ticket, whole=True)
+                if load.follow:  # under whatever epoch it is by now
+                    agent.disclaim(load.ticket.address, load.ticket.capability, renounce=True)
+                else:
+                    agent.release(load.ticket, whole=True)
             self._look()
             # First of all, since the step that reports the end may be the last one for long.
             address = "" if load.ticket is None else load.ticket.address

@@ -232,7 +232,6 @@ class MiniEngine:
         assert not len(scheduler.decode)
         assert not len(scheduler.prefill)
         assert not scheduler.decode._lost
-        assert not scheduler.decode._promised
 
     def shutdown(self) -> None:
         self.worker.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,80 @@ def preempt(engine: MiniEngine, name: str) -> None:
     scheduler._preempt_request(request, 0.0)
     scheduler.prev_step_scheduled_req_ids.discard(name)
     scheduler.reset_prefix_cache()
+
+
+def test_a_cache_hit_on_blocks_that_nobody_has_written_yet(engine: Callable[..., Any]) -> None:
+    """vLLM caches blocks when it schedules them: two requests of one step share a prefix that is not computed."""
+    pair = Streamed(engine("kv_producer", budget=2048), engine("kv_consumer", {"audit": True}))
+    prompt = words(PROMPT)
+    longer = [*prompt, *words(40, 3)]
+    pair.prefill.add("a", prompt)
+    pair.begin("b", longer)
+    forward, before = pair.prefill._forward, []
+
+    def late(name: str, count: int) -> list[int]:
+        for _ in range(0 if before else 60):
+            pair.decode.step()
+            time.sleep(0.002)
+        before.append(usable(pair.decode))
+        return forward(name, count)
+
+    pair.prefill._forward = late  # type: ignore[method-assign]
+    pair.prefill.step()
+    assert before[0] == 0, "nothing may be used before it was written"
+    pair.answered("b", longer)
+    pair.settle()
+
+
+def test_preempted_and_then_aborted_in_the_queue(engine: Callable[..., Any]) -> None:
+    pair = Streamed(engine("kv_producer", budget=CHUNK), engine("kv_consumer"))
+    prompt = words(PROMPT)
+    pair.begin("r", prompt)
+    pair.confirm("r", 2)
+    preempt(pair.prefill, "r")
+    scheduler = pair.prefill.scheduler
+    scheduler.waiting.remove_request(scheduler.requests["r"])
+    pair.prefill.add("squatter", words(30 * BLOCK, 7))
+    scheduler.waiting.add_request(scheduler.requests["r"])
+    pair.prefill.step()
+    pair.prefill.abort("r")
+    pair.until(lambda: "r" in pair.decode.ended and "squatter" in pair.prefill.ended, 8)
+    assert pair.decode.tokens["r"] == reference(prompt, 3)
+    pair.settle(seconds=5)
+    assert not pair.prefill.worker.worker._leases
+
+
+def test_given_up_by_decode_then_preempted(pair: Streamed) -> None:
+    pair.begin("r", words(PROMPT))
+    pair.confirm("r", 2)
+    pair.decode.abort("r")
+    speaker = pair.prefill.scheduler.connector.scheduler.side.agent
+    pair.decode.until(lambda: not speaker.gauges()["leases"])
+    pair.prefill.step()
+    preempt(pair.prefill, "r")
+    pair.prefill.finish("r")
+    assert pair.prefill.params["r"] is None, "nobody would read under it"
+    pair.settle(seconds=5)
+    assert not pair.prefill.worker.worker._leases
+
+
+def test_two_requests_of_decode_with_one_capability(pair: Streamed) -> None:
+    prompt = words(PROMPT)
+    transfer = pair.begin("r", prompt)
+    pair.decode.add("s", prompt, tokens=3, params=stream_params(pair.address, transfer))
+    pair.until(lambda: {"r", "s"} <= set(pair.decode.ended))
+    assert pair.decode.tokens["r"] == pair.decode.tokens["s"] == reference(prompt, 3)
+    pair.settle()
+
+
+def test_decode_does_not_wait_long_enough(engine: Callable[..., Any]) -> None:
+    pair = Streamed(engine("kv_producer", budget=CHUNK), engine("kv_consumer", {"prefill_wait_seconds": 0.3}))
+    prompt = words(PROMPT)
+    transfer = pair.begin("r", prompt, first="decode")
+    assert pair.decode.finish("r") == reference(prompt, 3)
+    pair.to_prefill("r", prompt, transfer)
+    pair.prefill.finish("r")
+    pair.settle(seconds=4)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4])

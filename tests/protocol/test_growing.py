@@ -123,6 +123,7 @@ def test_each_wait_has_the_deadline_not_the_whole(bench: Bench) -> None:
         bench.wait(2.0)
         grow(owner, tuple(range(step)), 16 * step)
         bench.settle()
+        reader.feed(ev.Append(number, (), False))
     assert reader.outcome(number) is None
     bench.wait(4.0)
     end = reader.outcome(number)
@@ -243,11 +244,61 @@ def test_another_epochs_ready_is_late(bench: Bench) -> None:
     assert reader.core.counters["late_events"] == 1
 
 
+def test_blocks_that_come_before_their_tokens_are_not_lost(bench: Bench) -> None:
+    owner, reader = bench.agent("p"), bench.agent("d")
+    follow(reader, growing(owner))
+    bench.settle()
+    for blocks, tokens in (((4, 9), 0), ((4, 9, 5), 16), ((4, 9, 5, 7), 16), ((4, 9, 5, 7), 64)):
+        grow(owner, blocks, tokens)
+        bench.settle()
+    assert [block for _, blocks, _ in ready(reader) for block in blocks] == [4, 9, 5, 7]
+
+
+def test_what_an_owner_says_is_no_progress_by_itself(bench: Bench) -> None:
+    owner, reader = bench.agent("p"), bench.agent("d")
+    number = follow(reader, growing(owner, cap_seconds=600.0), timeout=3.0)
+    for step in range(1, 5):
+        bench.wait(1.0)
+        grow(owner, (1,), step)
+        bench.settle()
+    assert reader.outcome(number) is not None
+
+
+def test_an_epoch_that_was_to_come_and_will_not(bench: Bench) -> None:
+    """Preempted, then aborted: whoever waits for the next epoch is told, at once or when it asks again."""
+    owner, reader = bench.agent("p"), bench.agent("d")
+    growing(owner)
+    owner.feed(ev.End(1, "preempted", again=True))
+    waits = follow(reader, owner.ticket(1, 2, blocks=((),)))
+    bench.settle()
+    owner.feed(ev.End(1, "aborted"))
+    bench.settle()
+    late = follow(reader, owner.ticket(1, 2, blocks=((),)))
+    bench.settle()
+    for number in (waits, late):
+        end = reader.outcome(number)
+        assert end is not None
+        assert isinstance(end.error, LeaseExpired)
+        assert "aborted" in str(end.error)
+        assert not end.error.again
+
+
+def test_a_flood_of_questions_leaves_no_timers(bench: Bench) -> None:
+    owner = bench.agent("p", Limits(max_parked=8))
+    for n in range(500):
+        owner.feed(ev.Received("<d", m.encode(m.Await(src=5, dst=0, capability=n.to_bytes(16, "big")))))
+    assert len(owner.core._context.timers) == 8
+    assert len(owner.core.owner.promises._routes) == 8
+    bench.wait(6.0)
+    assert owner.idle()
+    assert not owner.core.owner.promises._routes
+
+
 def test_a_lease_only_grows(bench: Bench) -> None:
     owner = bench.agent("p")
     growing(owner)
     grow(owner, (4, 9), 32)
-    for blocks, tokens in (((4,), 32), ((4, 9), 16)):
+    for blocks, tokens in (((4,), 32), ((4, 9), 16), ((9, 4, 5), 48)):
         with pytest.raises(LocalProtocolError, match="only added"):
             grow(owner, blocks, tokens)
     grow(owner, (4, 9), 32, complete=True)
@@ -296,7 +347,7 @@ def test_the_lease_is_told_of_when_it_is_granted(bench: Bench) -> None:
     assert reader.noted(ev.Promised) == []
     ticket = growing(owner, 3)
     bench.settle()
-    assert reader.noted(ev.Promised) == [ev.Promised(CAPABILITY, ticket)]
+    assert reader.noted(ev.Promised) == [ev.Promised(owner.address, CAPABILITY, ticket)]
     expect(reader, owner)
     bench.settle()
     assert len(reader.noted(ev.Promised)) == 2, "also when it is granted already"
@@ -336,7 +387,7 @@ def test_a_preempted_one_is_waited_for(bench: Bench) -> None:
     assert reader.noted(ev.Promised) == []
     ticket = growing(owner, 1, 2)
     bench.settle()
-    assert reader.noted(ev.Promised) == [ev.Promised(CAPABILITY, ticket)]
+    assert reader.noted(ev.Promised) == [ev.Promised(owner.address, CAPABILITY, ticket)]
 
 
 def test_a_broken_connection_ends_the_wait(bench: Bench) -> None:

@@ -167,6 +167,33 @@ async def test_a_client_that_leaves_a_sequential_one(world: World) -> None:
     assert world.releaser.renounced == [(f"tcp://127.0.0.1:{world.prefill[0].port}", chosen[0])]
 
 
+async def test_a_sequential_answer_that_is_lost_with_its_ticket(world: World) -> None:
+    await started(world)
+
+    async def broken(instance: Instance, request: web.Request, body: Body) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-length": "500"})
+        await response.prepare(request)
+        await response.write(b'{"choices')
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    world.prefill[0].script.append(broken)
+    assert (await world.complete("short")).status == 200
+    chosen = transfer_of(world.prefill[0].bodies[0]["kv_transfer_params"])
+    assert chosen is not None
+    assert [transfer for _, transfer in world.releaser.renounced] == [chosen[0]]
+
+
+async def test_no_attempt_is_streamed_after_one_has_failed(world: World) -> None:
+    await started(world, decode=2, retries=3)
+    for instance in world.decode:
+        instance.script.append(upstreams.status(500))
+    answer = await world.complete(LONG)
+    assert answer.headers["x-pdc-hand-over"] == "sequential: an attempt to stream it failed"
+    assert [transfer_of(body["kv_transfer_params"])[1] for body in world.prefill[0].bodies] == [True, False, False]  # type: ignore[index]
+
+
 async def test_choices_are_streamed_each(world: World) -> None:
     await started(world)
     answer = await world.complete(LONG, n=3)

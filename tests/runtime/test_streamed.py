@@ -170,6 +170,33 @@ async def test_a_new_epoch_is_followed_from_what_is_confirmed(at: int) -> None:
         assert stats.bytes <= whole, "nothing that was confirmed is read again"
 
 
+async def test_blocks_may_be_named_ahead_of_their_tokens() -> None:
+    async with pair(1, 1) as (owner, reader, kv):
+        usable: list[int] = []
+        ticket = promise(owner)
+        owner.grant(ticket)
+        (pull,) = follow(reader, ticket, usable.append)
+        write(owner.ranks, kv, owner.ids, 0, TOKENS)
+        for blocks, tokens in ((2, 32), (6, 32), (13, 144), (13, TOKENS)):
+            owner.agents[0].grow(ticket.with_blocks(owner.ids[:blocks].tolist()), [tokens], complete=tokens == TOKENS)
+            await asyncio.sleep(0.1)
+        await pull
+        check(reader, kv, TOKENS)
+
+
+async def test_two_may_expect_the_same() -> None:
+    async with pair(1, 1) as (owner, reader, _):
+        ticket, agent = promise(owner), reader.speaker
+        asked = [asyncio.ensure_future(agent.expect(ticket.address, ticket.capability)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        owner.grant(ticket)
+        assert await asyncio.wait_for(asyncio.gather(*asked), 5) == [ticket, ticket]
+        for answer in await asyncio.gather(
+            *(agent.expect(ticket.address, bytes(16), 0.3) for _ in range(2)), return_exceptions=True
+        ):
+            assert isinstance(answer, PeerLost)
+
+
 async def test_a_renounced_capability_ends_the_wait_and_the_lease() -> None:
     async with pair(1, 1) as (owner, reader, _):
         ticket = promise(owner)
