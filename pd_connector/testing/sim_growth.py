@@ -66,8 +66,8 @@ class Growth:
             for grid, row in enumerate(node.memory):
                 for block in fresh:
                     row[block] = cells[grid, block] = self._world.truth.new_content()
-        ahead = engine.rng("ahead", op.name, done).randint(0, 2)
-        named = (groups[0][: done + 1 + ahead], *(each if last else () for each in groups[1:]))
+        ahead = max(step + 1 + engine.rng("ahead", op.name, step).randint(0, 2) for step in range(done + 1))
+        named = (groups[0][:ahead], *(each if last else () for each in groups[1:]))
         tokens = (min(done + 1, len(groups[0])), *(len(each) if last else 0 for each in groups[1:]))
         for node in lease.open & set(engine.ranks):
             node.call(Grow(lease.number, dict(enumerate(named)), tokens, last), op.grant_after)
