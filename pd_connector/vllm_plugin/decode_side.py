@@ -17,6 +17,8 @@ from pd_connector.vllm_plugin.side import STATES, Side, state_blocks
 
 logger = logging.getLogger(__name__)
 
+_LOADS_NOTHING = "kv_role kv_producer loads nothing; use kv_consumer or kv_both"
+
 
 @dataclass
 class Hope:
@@ -63,8 +65,12 @@ class DecodeSide:
             return known
         hope = self._hopes[request.request_id] = Hope(stream=stream_of(params))
         if hope.stream is not None:
-            hope.waits = True
-            self._expect(hope.stream)
+            hope.waits = self._side.consumes
+            if hope.waits:
+                self._expect(hope.stream)
+            else:
+                self._forgo(hope.stream)
+                self._decline(request, hope, "wrong_role", _LOADS_NOTHING)
             return hope
         try:
             hope.ticket = from_params(params)
@@ -82,6 +88,10 @@ class DecodeSide:
     def _expect(self, stream: tuple[str, bytes]) -> None:
         self._side.portal.post(self._side.agent.start_expecting, *stream, self._side.config.prefill_wait_seconds)
 
+    def _forgo(self, stream: tuple[str, bytes]) -> None:
+        """Should there be a lease, or come one later, nobody will read under it."""
+        self._side.portal.post(partial(self._side.agent.disclaim, *stream, renounce=True))
+
     def _scheduled(self, request: Any, hope: Hope) -> None:
         """The prefill that a request waits for is scheduled, or will not be."""
         assert hope.stream is not None
@@ -90,8 +100,7 @@ class DecodeSide:
             return
         hope.waits, hope.ticket = False, note.ticket
         if note.ticket is None:
-            # Should there be one later, nobody will read under it.
-            self._side.portal.post(partial(self._side.agent.disclaim, *hope.stream, renounce=True))
+            self._forgo(hope.stream)
             self._decline(request, hope, "streams_without_lease", note.reason)
             return
         self._look_at(request, hope, note.ticket)
@@ -101,7 +110,7 @@ class DecodeSide:
     def _problem(self, request: Any, ticket: Ticket) -> tuple[str, str] | None:
         """(counter, words) why a ticket cannot serve this request."""
         if not self._side.consumes:
-            return "wrong_role", "kv_role kv_producer loads nothing; use kv_consumer or kv_both"
+            return "wrong_role", _LOADS_NOTHING
         if request.prompt_token_ids is None:
             return "tickets_unusable", "the prompt is given as embeddings, its KV has no key"
         if not 0 < ticket.tokens <= request.num_prompt_tokens:
@@ -134,6 +143,12 @@ class DecodeSide:
         """(tokens that can be loaded beyond ``computed``, asynchronously?); None of them to be asked again."""
         hope = self._hope(request)
         if hope is None or hope.attempted:
+            return 0, False
+        if hope.waits and hope.stream is not None and request.num_prompt_tokens - computed <= 1:
+            # All of it is cached here: there is nothing to wait for.
+            self._side.counters["tickets_not_needed"] += 1
+            self._forgo(hope.stream)
+            hope.waits, hope.attempted = False, True
             return 0, False
         if hope.waits:
             self._scheduled(request, hope)
@@ -198,7 +213,7 @@ class DecodeSide:
         if hope.ticket is not None:
             self._lost.discard(hope.ticket.capability)
         if hope.waits and hope.stream is not None:
-            self._side.portal.post(partial(self._side.agent.disclaim, *hope.stream, renounce=True))
+            self._forgo(hope.stream)
         if not hope.attempted and not hope.problem and hope.ticket is not None:
             self._side.portal.post(self._release, hope.ticket)
         elif hope.loading:

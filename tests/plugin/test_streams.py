@@ -131,6 +131,28 @@ def test_what_decode_has_cached_is_not_read(pair: Streamed) -> None:
     pair.settle()
 
 
+def test_a_prompt_that_decode_has_whole_waits_for_nobody(pair: Streamed) -> None:
+    prompt = words(8 * BLOCK + 1)
+    pair.begin("a", prompt)
+    pair.answered("a", prompt)
+    pair.settle()
+    transfer = pair.begin("b", prompt, first="decode")
+    assert pair.decode.finish("b", 5) == reference(prompt, 3)
+    assert pair.decode.counters["tickets_not_needed"] == 1
+    pair.to_prefill("b", prompt, transfer)
+    pair.prefill.finish("b")
+    pair.settle(seconds=4)
+
+
+def test_a_wrong_role_waits_for_nobody(engine: Callable[..., Any]) -> None:
+    pair = Streamed(engine("kv_producer", budget=CHUNK), engine("kv_producer"))
+    prompt = words(PROMPT)
+    pair.begin("r", prompt)
+    pair.answered("r", prompt)
+    assert pair.decode.counters["wrong_role"] == 1
+    pair.settle(seconds=4)
+
+
 def test_other_tokens_are_computed_not_loaded(pair: Streamed) -> None:
     prompt, other = words(PROMPT), words(PROMPT, 9)
     transfer = secrets.token_bytes(16)

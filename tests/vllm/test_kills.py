@@ -39,7 +39,7 @@ def core(cluster: Cluster) -> None:
     os.kill(engine_core(cluster.p), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kill", [group, core])
+@pytest.mark.parametrize("kill", [group, pytest.param(core, marks=pytest.mark.slow)])
 def test_killed_prefill_instance(cluster: Cluster, kill: Callable[[Cluster], None]) -> None:
     """Both decode instances read when P dies: D recomputes, F says so; both serve on, with and without a new P.
 

@@ -77,6 +77,7 @@ def test_two_ranks_and_one(servers: Cluster, model: Path, tmp_path: Path) -> Non
         assert any(hand_over(one, two, 1400, ranks=2, seed=seed, along=True) for seed in range(4))
 
 
+@pytest.mark.slow
 def test_small_blocks_and_large_ones(servers: Cluster, model: Path, tmp_path: Path) -> None:
     servers.stop()
     sizes = (
