@@ -21,16 +21,15 @@ def to_params(
 ) -> dict[str, Any]:
     """What a prefill instance returns with its answer; JSON-safe. ``engines`` answer behind its URL, each at an address
     of its own."""
-    endpoint, _, server_key = ticket.address.removeprefix("tcp://").partition("#")
-    host, _, port = endpoint.rpartition(":")
+    host, port, server_key = _parts_of(ticket.address)
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_engine_id": engine_id,
         "remote_request_id": request_id,
         "remote_block_ids": [list(group) for group in ticket.blocks],
-        "remote_host": host.strip("[]"),
-        "remote_port": int(port),
+        "remote_host": host,
+        "remote_port": port,
         "remote_num_tokens": ticket.tokens,
         "remote_blocks_expiry_time": None,
         "tp_size": tp_size,
@@ -60,7 +59,6 @@ def from_params(params: Mapping[str, Any]) -> Ticket:
         field = KEY
         ours = params[KEY]
         server_key = str(ours.get("server_key") or "")
-        host = f"[{host}]" if ":" in host else host
         field = f"{KEY}.capability"
         capability = bytes.fromhex(ours["capability"])
         named = host and host.isascii() and server_key.isascii() and len(host) + len(server_key) <= 200
@@ -75,7 +73,7 @@ def from_params(params: Mapping[str, Any]) -> Ticket:
         tokens = _number(params["remote_num_tokens"], 2**32)
         field = f"{KEY}.incarnation, lease, epoch, key"
         return Ticket(
-            address=f"tcp://{host}:{port}" + (f"#{server_key}" if server_key else ""),
+            address=_address_at(host, port, server_key),
             incarnation=int(ours["incarnation"], 16) % 2**64,
             lease=_number(ours["lease"], 2**64),
             epoch=_number(ours["epoch"], 2**32),
@@ -89,6 +87,18 @@ def from_params(params: Mapping[str, Any]) -> Ticket:
         raise RemoteProtocolError(
             f"kv_transfer_params: {field}: {type(error).__name__} {error}; pass on what the prefill instance returned"
         ) from None
+
+
+def _parts_of(address: str) -> tuple[str, int, str]:
+    """(host, port, server key) of an agent's address; routers may overwrite the first two."""
+    endpoint, _, server_key = address.removeprefix("tcp://").partition("#")
+    host, _, port = endpoint.rpartition(":")
+    return host.strip("[]"), int(port), server_key
+
+
+def _address_at(host: str, port: int, server_key: str) -> str:
+    host = f"[{host}]" if ":" in host else host
+    return f"tcp://{host}:{port}" + (f"#{server_key}" if server_key else "")
 
 
 def _port(value: Any) -> int:
@@ -121,15 +131,14 @@ def transfer_of(params: Mapping[str, Any]) -> tuple[bytes, bool] | None:
 
 def stream_params(address: str, transfer: bytes) -> dict[str, Any]:
     """For a decode instance that is to read along: whom to ask for the lease of which capability."""
-    endpoint, _, server_key = address.removeprefix("tcp://").partition("#")
-    host, _, port = endpoint.rpartition(":")
+    host, port, server_key = _parts_of(address)
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_engine_id": None,
         "remote_block_ids": None,
-        "remote_host": host.strip("[]"),
-        "remote_port": int(port),
+        "remote_host": host,
+        "remote_port": port,
         KEY: {"transfer": transfer.hex(), "stream": True, "server_key": server_key},
     }
 
@@ -144,8 +153,7 @@ def stream_of(params: Mapping[str, Any]) -> tuple[str, bytes] | None:
         server_key = str(params[KEY].get("server_key") or "")
     except (LookupError, TypeError, ValueError, AttributeError):
         return None
-    host = f"[{host}]" if ":" in host else host
-    address = f"tcp://{host}:{port}" + (f"#{server_key}" if server_key else "")
+    address = _address_at(host, port, server_key)
     return (address, known[0]) if ADDRESS.fullmatch(address) and len(address) <= 256 else None
 
 
