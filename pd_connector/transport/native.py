@@ -275,8 +275,9 @@ def lanes_here(cpus: tuple[int, ...]) -> int:
 
 def choose_lanes(figures: Sequence[tuple[int, float]]) -> int:
     """The fewest lanes that come near the best, of (lanes, GB/s), fewest first: each is a thread and a connection."""
-    best = max(gbps for _, gbps in figures)
-    return next(lanes for lanes, gbps in figures if lanes >= FEWEST_LANES and gbps >= LANES_NEAR * best)
+    worthwhile = [(lanes, gbps) for lanes, gbps in figures if lanes >= FEWEST_LANES]
+    best = max(gbps for _, gbps in worthwhile)
+    return next(lanes for lanes, gbps in worthwhile if gbps >= LANES_NEAR * best)
 
 
 def _processors(cpus: tuple[int, ...]) -> int:

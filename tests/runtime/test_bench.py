@@ -117,6 +117,7 @@ def test_what_runs_beside_gets_a_ratio() -> None:
     [
         ([(1, 2.9), (2, 5.6), (4, 5.7)], 2),
         ([(1, 4.0), (2, 3.9), (4, 4.0)], 2),  # one is never enough
+        ([(1, 4.3), (2, 2.6)], 2),  # also where it was the fastest by far
         ([(1, 2.0), (2, 3.9), (4, 7.0), (8, 7.1)], 4),
         ([(1, 0.0), (2, 0.0), (4, 0.0)], 2),  # the loopback could not be tried
     ],
