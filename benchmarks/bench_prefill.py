@@ -31,10 +31,10 @@ import machine
 import numpy as np
 from bench_handover import READY_SECONDS, cpu_seconds, small_cache
 
-from pd_connector import Agent
+from pd_connector.config import Config
 from pd_connector.demo.instance import Instance, vllm_instance
 from pd_connector.demo.model import WIDE_KV, build_model
-from pd_connector.router.releaser import AgentReleaser
+from pd_connector.router.broker import AgentBroker
 
 TOKENS = 4096
 HERE = Path(__file__).parent
@@ -112,7 +112,7 @@ async def compare(pairs: int, directory: Path) -> dict[str, Any]:
             assert instance.process is not None
             stack.callback(os.killpg, instance.process.pid, signal.SIGCONT)
             os.killpg(instance.process.pid, signal.SIGSTOP)
-        releaser = AgentReleaser(await stack.enter_async_context(Agent()))
+        broker = await stack.enter_async_context(AgentBroker(Config()))
         for number in range(pairs + 1):
             prompt = [chance.randrange(WIDE_KV.vocabulary - 3) for _ in range(TOKENS)]
             wall: dict[str, float] = {}
@@ -126,7 +126,7 @@ async def compare(pairs: int, directory: Path) -> dict[str, Any]:
                             new - old for new, old in zip(ours_so_far(directory / "times"), before, strict=True)
                         )
                         share = (hooks / cpu, threads / cpu)
-                        await releaser.release(answer["kv_transfer_params"])
+                        await broker.release(answer["kv_transfer_params"])
                         await asyncio.sleep(1)
             print(f"pair {number}: {wall}, hooks and threads {share}", file=sys.stderr)
             if number:

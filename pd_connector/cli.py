@@ -116,6 +116,7 @@ def _add_router(commands: Any) -> None:
         metavar="FILE",
         help="JSON settings of its side channel to the instances: public_key, secret_key, allowed_keys, ...",
     )
+    router.add_argument("--otlp-traces-endpoint", metavar="URL", help="send spans of hand-overs there (gRPC)")
     router.set_defaults(run=_router)
 
 
@@ -126,23 +127,26 @@ def _router(arguments: argparse.Namespace) -> int:
     api_key = None if arguments.api_key_file is None else _read(arguments.api_key_file, "--api-key-file").strip()
     config = Config() if arguments.config is None else _agent_config(arguments.config)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if arguments.otlp_traces_endpoint is not None:
+        from pd_connector.router.tracing import export_to
+
+        export_to(arguments.otlp_traces_endpoint)
     asyncio.run(_serve(arguments, config, api_key))
     return 0
 
 
 async def _serve(arguments: argparse.Namespace, config: Config, api_key: str | None) -> None:
-    from pd_connector.router import AgentReleaser, serve
-    from pd_connector.runtime.agent import Agent
+    from pd_connector.router import AgentBroker, serve
 
     def listening(port: int) -> None:
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"router listens on http://{host}:{port}", flush=True)
 
-    async with Agent(config) as agent:
+    async with AgentBroker(config) as broker:
         await serve(
             arguments.prefill,
             arguments.decode,
-            releaser=AgentReleaser(agent),
+            broker=broker,
             host=arguments.host,
             port=arguments.port,
             api_key=api_key,

@@ -15,14 +15,12 @@ from typing import Any
 from pd_connector.demo.client import Answer, ask
 from pd_connector.demo.deployment import Deployment
 from pd_connector.demo.instance import Instance, InstanceFailed
-from pd_connector.demo.verdict import Row, compare, kv_bytes
+from pd_connector.demo.verdict import STAGES, Row, compare, kv_bytes
 
 _METRICS_S = 10.0
 """Counts travel to /metrics with the engine's next output: some milliseconds, on a loaded machine more."""
 _POLL_S = 0.05
 _PREFILLS = "vllm:request_prefill_time_seconds_count"
-_PREFILL_S = "vllm:request_prefill_time_seconds_sum"
-_QUEUE_S = "vllm:request_queue_time_seconds_sum"
 _LOADS = "vllm:pdc_bytes_transferred_count"
 _FAILED = "vllm:pdc_num_failed_transfers_total"
 _BLOCK_SIZE = re.compile(r'^vllm:cache_config_info\{.*\bblock_size="(\d+)"')
@@ -78,31 +76,16 @@ class Bench:
             kv_bytes=int(d.of("vllm:pdc_bytes_transferred_sum")),
             kv_bytes_expected=expected,
             transport=chosen_transport(here.decode.log)[0] if d.of(_LOADS) else "none",
-            ttft_ms=ledger(handed, p, d),
+            ttft_ms=ledger(handed),
             plain_ttft_ms=1e3 * plain.ttft_s,
         )
 
 
-def ledger(answer: Answer, p: Growth, d: Growth) -> dict[str, float]:
-    """Where the time to the first token went, in ms; the stages add up to what the client's clock saw.
-
-    router: the router's own work, from its Server-Timing header. p_queue, prefill: P's engine, until the request is
-    scheduled and from then to the one token of its leg. wire, commit: D's load, from the first read to the last byte
-    and on to the owner's verdict. d_first_token: D's engine, from scheduling the loaded request to its first token.
-    hand_off is a difference: whatever is left of the client's time, that is the HTTP hops, P's answer, D's admission
-    of the request, the first contact (HELLO) with a new P.
-    """
-    stages = {
-        "router": answer.stages_ms.get("router", 0.0),
-        "p_queue": 1e3 * p.of(_QUEUE_S),
-        "prefill": 1e3 * p.of(_PREFILL_S),
-        "hand_off": 0.0,
-        "wire": 1e3 * d.of("vllm:pdc_xfer_time_seconds_sum"),
-        "commit": 1e3 * d.of("vllm:pdc_commit_time_seconds_sum"),
-        "d_first_token": 1e3 * d.of(_PREFILL_S),
-    }
-    stages["hand_off"] = max(0.0, 1e3 * answer.ttft_s - sum(stages.values()))
-    return stages
+def ledger(answer: Answer) -> dict[str, float]:
+    """Where the time to the first token went, in ms, as the router's Server-Timing header has it from all three (see
+    router/ledger.py). ``unaccounted`` is what the client's own clock saw beyond that, so they add up to it."""
+    stages = {stage: answer.stages_ms.get(stage, 0.0) for stage in STAGES if stage != "unaccounted"}
+    return {**stages, "unaccounted": max(0.0, 1e3 * answer.ttft_s - sum(stages.values()))}
 
 
 def chosen_transport(log: Path) -> tuple[str, str]:

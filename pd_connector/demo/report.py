@@ -16,7 +16,15 @@ from pd_connector.demo.verdict import STAGES, Row
 _LINE_S = 10.0
 """Without a terminal, how often a wait says that it still waits."""
 
-_HEADS = {"d_first_token": "D 1st\ntoken", "p_queue": "P\nqueue", "hand_off": "hand-off"}
+_HEADS = {
+    "first_token": "first\ntoken",
+    "p_queue": "P\nqueue",
+    "d_queue": "D\nqueue",
+    "prefill": "pre-\nfill",
+    "announce": "an-\nnounce",
+    "commit": "com-\nmit",
+    "unaccounted": "un-\nknown",
+}
 
 
 class Progress:
@@ -56,7 +64,7 @@ def proof(rows: Sequence[Row]) -> Table:
 def times(rows: Sequence[Row]) -> Table:
     """The ledger: its stages add up to the TTFT through P and D."""
     heads = [_HEADS.get(stage, stage) for stage in STAGES]
-    out = _table("time to first token, ms", ("prompt", "plain\non P", "through\nP/D", *heads))
+    out = _table("time to first token, ms", ("prompt", "plain\non P", "via\nP/D", *heads))
     for row in rows:
         values = (row.plain_ttft_ms, sum(row.ttft_ms.values()), *(row.ttft_ms[stage] for stage in STAGES))
         out.add_row(str(row.prompt_tokens), *(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values))
@@ -64,7 +72,7 @@ def times(rows: Sequence[Row]) -> Table:
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
-    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for head in heads:
         out.add_column(head, justify="right", no_wrap=True)
     return out

@@ -9,7 +9,7 @@ from typing import Any
 
 from pd_connector.demo.client import Answer
 
-STAGES = ("router", "p_queue", "prefill", "hand_off", "wire", "commit", "d_first_token")
+STAGES = ("router", "p_queue", "prefill", "announce", "wire", "commit", "d_queue", "first_token", "unaccounted")
 
 
 @dataclass(frozen=True, slots=True)

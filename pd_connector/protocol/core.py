@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, assert_never
 
+from msgspec.structs import replace
+
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.protocol.context import Context, Identity, Limits
 from pd_connector.protocol.events import (
@@ -32,6 +34,8 @@ from pd_connector.protocol.events import (
     Forgo,
     Grant,
     Grow,
+    Inform,
+    Informed,
     Keep,
     Meet,
     Pull,
@@ -40,6 +44,7 @@ from pd_connector.protocol.events import (
 )
 from pd_connector.protocol.keeper import Keeper
 from pd_connector.protocol.messages import (
+    Account,
     AnyMessage,
     Await,
     Bye,
@@ -163,6 +168,8 @@ class Core:
                 self.keeper.expect(event, now)
             case Disclaim():
                 self.keeper.disclaim(event)
+            case Inform(address, account):
+                self._context.send(address, replace(account, src=self._context.incarnation, dst=0))
             case Drain():
                 self._context.draining = True
             case Close():
@@ -191,8 +198,8 @@ class Core:
 
     def is_for_us(self, message: AnyMessage) -> bool:
         """Only what is meant for this very incarnation counts: transfer and lease numbers start anew in each.
-        Capabilities do not, and who asks for one may know no more than an address."""
-        nameless = isinstance(message, Await | Renounce) and not message.dst
+        Capabilities do not, and who speaks of one may know no more than an address."""
+        nameless = isinstance(message, Await | Renounce | Account) and not message.dst
         return message.dst == self._context.incarnation or nameless
 
     def _dispatch(self, route: str, message: AnyMessage, now: float) -> None:
@@ -205,6 +212,8 @@ class Core:
                 self.owner.renounce(message, now)
             case Granted():
                 self.keeper.granted(route, message)
+            case Account():
+                self._context.notify(Informed(message))
             case Ready():
                 self.reader.ready(route, message, now)
             case Welcome():

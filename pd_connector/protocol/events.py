@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pd_connector.errors import PDError
 from pd_connector.plan import CopyPlan, Ids, Side
-from pd_connector.protocol.messages import Endpoint, Message
+from pd_connector.protocol.messages import Account, Endpoint, Message
 from pd_connector.protocol.ticket import Ticket
 
 Route = str
@@ -212,6 +212,14 @@ class Disclaim:
 
 
 @dataclass(frozen=True, slots=True)
+class Inform:
+    """Tell whoever answers at ``address``, once; nobody minds when it is lost."""
+
+    address: str
+    account: Account
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Take no new work; a Drained note follows when nothing is leased and nothing is being read."""
 
@@ -223,7 +231,7 @@ class Close:
 
 Event = (
     Received | Disconnected | Connected | Completed | Digested | Tick | Meet | Pull | Append | Abort | Grant | Grow
-    | End | Deny | Extend | Forgo | Keep | Drop | Expect | Disclaim | Drain | Close
+    | End | Deny | Extend | Forgo | Keep | Drop | Expect | Disclaim | Inform | Drain | Close
 )  # fmt: skip
 
 
@@ -328,11 +336,15 @@ Command = (
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """Seconds spent in each stage of a pull, in order, and what was moved."""
+    """Seconds spent in each stage of a pull, and what was moved. ``wire``: while something was being read; ``waiting``:
+    between reads, for blocks to become ready; ``tail``: from when the last blocks were known to be ready to when all
+    were read (0 unless the lease grew)."""
 
     connect: float = 0.0
     wire: float = 0.0
+    waiting: float = 0.0
     commit: float = 0.0
+    tail: float = 0.0
     bytes: int = 0
     transport: str = ""
     digests_compared: int = 0
@@ -411,8 +423,18 @@ class TicketLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Informed:
+    """Somebody told us; whether it is about anything of ours is the engine's to see."""
+
+    account: Account
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     pass
 
 
-Note = Met | BlocksReady | PartConfirmed | TransferEnded | LeaseEnded | LeaseRenewed | TicketLost | Promised | Drained
+Note = (
+    Met | BlocksReady | PartConfirmed | TransferEnded | LeaseEnded | LeaseRenewed | TicketLost | Promised | Informed
+    | Drained
+)  # fmt: skip

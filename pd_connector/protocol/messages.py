@@ -1,7 +1,8 @@
 """Messages of the side channel: versioned tagged structs with strict bounds, plain MessagePack maps on the wire.
 
 Every message names the sender's incarnation (``src``) and the incarnation it is meant for (``dst``; 0 in a Hello, whose
-sender does not know it yet). Durations are milliseconds; no wall-clock time ever crosses the wire.
+sender does not know it yet). Durations are milliseconds; no wall-clock time ever crosses the wire. The stamps of an
+Account are nanoseconds of CLOCK_MONOTONIC, worth something to who has the same clock.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pd_connector.errors import RemoteProtocolError
 from pd_connector.layout import KVLayout, Size
 from pd_connector.plan import MAX_DIMS
 
-VERSION = 3
+VERSION = 4
 MAX_FRAME = 4 * 2**20
 """Largest frame that is sent or accepted, in bytes: 500,000 audit digests fit."""
 MAX_WORDS = 4096
@@ -157,6 +158,45 @@ class Renounce(Message, tag="renounce", frozen=True, kw_only=True):
     capability: Capability
 
 
+class PrefillTimes(msgspec.Struct, tag="prefill", frozen=True, kw_only=True):
+    """When a prefill instance's engine had the request, scheduled it first, and had its prompt computed (0: never); and
+    of how many prompt tokens it loaded how many instead of computing them."""
+
+    arrived: U64
+    scheduled: U64 = 0
+    computed: U64 = 0
+    prompt: U32 = 0
+    expected: U32 = 0
+    loaded: U32 = 0
+
+
+class DecodeTimes(msgspec.Struct, tag="decode", frozen=True, kw_only=True):
+    """When a decode instance's engine had the request, had blocks for it and ordered the load, knew of the last blocks
+    that were to be read, had read and confirmed them, and scheduled the request first (0: never). ``reading``: ns spent
+    reading in all. Of its prompt tokens so many were here before, should have been loaded, were loaded."""
+
+    arrived: U64
+    ordered: U64 = 0
+    announced: U64 = 0
+    read: U64 = 0
+    confirmed: U64 = 0
+    scheduled: U64 = 0
+    reading: U64 = 0
+    prompt: U32 = 0
+    cached: U32 = 0
+    expected: U32 = 0
+    loaded: U32 = 0
+
+
+class Account(Message, tag="account", frozen=True, kw_only=True):
+    """What one instance tells whoever brokered a hand-over, and asked for it by naming ``of``: where the time went.
+    ``clock`` names the clock of its stamps. ``dst`` may be 0."""
+
+    of: Capability
+    clock: Name
+    times: PrefillTimes | DecodeTimes
+
+
 class Commit(Message, tag="commit", frozen=True, kw_only=True):
     """Was the lease held until now? ``final`` also releases it for this reader; without it, it is a CHECK."""
 
@@ -225,7 +265,7 @@ class Bye(Message, tag="bye", frozen=True, kw_only=True):
 
 AnyMessage = (
     Hello | Welcome | Open | Opened | Ready | Commit | Verdict | Renew | Renewed | Release | Await | Granted | Renounce
-    | Stale | Refused | Bye
+    | Account | Stale | Refused | Bye
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

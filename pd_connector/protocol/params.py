@@ -129,6 +129,23 @@ def transfer_of(params: Mapping[str, Any]) -> tuple[bytes, bool] | None:
     return (transfer, stream) if len(transfer) == CAPABILITY_BYTES else None
 
 
+def with_report(params: Mapping[str, Any], address: str, of: bytes) -> dict[str, Any]:
+    """The same parameters, asking the instance to send an Account under the id ``of`` (16 bytes) to an agent."""
+    ours = params.get(KEY)
+    return {**params, KEY: {**(ours if isinstance(ours, Mapping) else {}), "report": {"to": address, "of": of.hex()}}}
+
+
+def report_of(params: Mapping[str, Any]) -> tuple[str, bytes] | None:
+    """(address, id) of who wants an Account; None when nobody does, or what is there is nonsense."""
+    try:
+        report = params[KEY]["report"]
+        address, of = report["to"], bytes.fromhex(report["of"])
+        valid = len(address) <= 256 and ADDRESS.fullmatch(address) and len(of) == CAPABILITY_BYTES
+    except (LookupError, TypeError, ValueError):
+        return None
+    return (address, of) if valid else None
+
+
 def stream_params(address: str, transfer: bytes) -> dict[str, Any]:
     """For a decode instance that is to read along: whom to ask for the lease of which capability."""
     host, port, server_key = _parts_of(address)

@@ -180,7 +180,7 @@ class Reader:
             transfer.parts[part] = PartState.POSTED
             transfer.unread[part] = len(some)
             for index in some:
-                self._post(transfer, part, index)
+                self._post(transfer, part, index, now)
         others = transfer.parts[:-1]
         whole = bool(transfer.parts) and not transfer.more
         if whole and transfer.parts[-1] is PartState.READ and all(part is PartState.CONFIRMED for part in others):
@@ -188,8 +188,10 @@ class Reader:
             transfer.read_at = now
             self._ask(transfer, transfer.last)
 
-    def _post(self, transfer: Transfer, part: int, index: int) -> None:
+    def _post(self, transfer: Transfer, part: int, index: int, now: float) -> None:
         tag, pull, ticket = self._context.new_id(), transfer.pull, transfer.pull.ticket
+        if not transfer.tags:
+            transfer.reading_since = now
         transfer.tags[tag] = part, index
         self._tags[tag] = pull.transfer
         claim = ticket.lease, ticket.epoch, ticket.capability
@@ -207,6 +209,8 @@ class Reader:
             self._context.counters["late_events"] += 1
             return
         part, index = transfer.tags.pop(event.tag)
+        if not transfer.tags:
+            transfer.reading += now - transfer.reading_since
         pull = transfer.pull
         if transfer.state is TransferState.SETTLING:
             self._settle(transfer, now)
@@ -224,7 +228,7 @@ class Reader:
                 transfer.opened = False
                 self._send_open(transfer)
             if transfer.opened:
-                self._post(transfer, part, index)
+                self._post(transfer, part, index, now)
             else:
                 transfer.parked.append((part, index))
         elif event.status == "not_granted":
@@ -322,7 +326,7 @@ class Reader:
         self._context.timers.set(("renew", transfer.pull.transfer), now + transfer.renew_every)
         parked, transfer.parked = transfer.parked, []
         for part, index in parked:
-            self._post(transfer, part, index)
+            self._post(transfer, part, index, now)
 
     def ready(self, route: str, message: Ready, now: float) -> None:
         """More blocks to follow. When some were missed, all are asked for again."""

@@ -99,6 +99,9 @@ class Transfer:
     outcome: str = ""
     error: PDError | None = None
     ready_at: float = 0.0
+    reading_since: float = 0.0
+    reading: float = 0.0
+    """Seconds in which at least one read was posted, until the last time that none was."""
     read_at: float = 0.0
     compared: int = 0
 
@@ -135,7 +138,8 @@ class Transfer:
         read = self.read_at or now
         return TransferStats(
             connect=ready - self.started,
-            wire=read - ready,
+            wire=self.reading,
+            waiting=max(read - ready - self.reading, 0.0),
             commit=now - read,
             bytes=sum(plan.num_bytes for plan in itertools.chain(*self.plans)),
             transport=self.transport,

@@ -23,8 +23,9 @@ from starlette.types import ASGIApp
 
 from pd_connector.errors import ConfigError
 from pd_connector.router.admission import Admission
+from pd_connector.router.books import KEPT, Books
 from pd_connector.router.faults import Fault, LegFailed, Refused
-from pd_connector.router.legs import Releaser
+from pd_connector.router.legs import Broker
 from pd_connector.router.metrics import RouterMetrics
 from pd_connector.router.order import CHAT, COMPLETIONS
 from pd_connector.router.relay import Relay, forwarded_headers
@@ -43,7 +44,7 @@ class Router:
         self,
         prefill: Sequence[str],
         decode: Sequence[str],
-        releaser: Releaser,
+        broker: Broker,
         settings: RouterSettings,
         api_key: str | None,
     ) -> None:
@@ -52,7 +53,7 @@ class Router:
         self.settings = settings
         self.metrics = RouterMetrics()
         self.fleet = Fleet(prefill, decode, settings, self.metrics)
-        self._releaser = releaser
+        self._broker, self._books = broker, Books(self.metrics)
         self._admission = Admission(settings.max_in_flight, self.metrics)
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
         self._probing = asyncio.Lock()
@@ -61,7 +62,7 @@ class Router:
 
     async def generate(self, request: Request) -> ASGIApp:
         self._authorise(request)
-        return Relay(request, self.fleet, self.settings, self._releaser, self._admission)
+        return Relay(request, self.fleet, self.settings, self._broker, self._books, self._admission)
 
     async def models(self, request: Request) -> Response:
         """The model list of a decode instance; the others are asked in turn when one fails."""
@@ -97,6 +98,14 @@ class Router:
         message = f"no live {' and no live '.join(dead)} instance; start one or correct its URL"
         return JSONResponse(error_body(message, "service_unavailable", 503) | {"status": "unavailable"} | report, 503)
 
+    async def ledgers(self, request: Request) -> Response:
+        """Where the time to the first token went, of the last ``n`` (default 100) choices; newest last."""
+        self._authorise(request)
+        count = request.query_params.get("n", "100")
+        if not count.isdecimal() or not 0 < int(count) <= KEPT:
+            raise Fault(400, "invalid_request_error", f"n is a number from 1 to {KEPT}, not {count[:20]!r}")
+        return JSONResponse(self._books.last(int(count)))
+
     async def prometheus(self, _: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -127,17 +136,17 @@ def build_app(
     prefill: Sequence[str],
     decode: Sequence[str],
     *,
-    releaser: Releaser,
+    broker: Broker,
     settings: RouterSettings | None = None,
     api_key: str | None = None,
 ) -> Starlette:
     """The router as an ASGI application.
 
-    ``prefill`` and ``decode`` are base URLs such as ``http://10.0.0.1:8100``; ``releaser`` ends leases of tickets that
-    nobody used. With ``api_key`` every /v1 request must carry it as a bearer token. Raises ConfigError for what cannot
-    be used.
+    ``prefill`` and ``decode`` are base URLs such as ``http://10.0.0.1:8100``; ``broker`` ends leases of tickets that
+    nobody used, and is told where the time went. With ``api_key`` every /v1 request, and /ledger, must carry it as a
+    bearer token. Raises ConfigError for what cannot be used.
     """
-    router = Router(prefill, decode, releaser, settings or RouterSettings(), api_key)
+    router = Router(prefill, decode, broker, settings or RouterSettings(), api_key)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -150,6 +159,7 @@ def build_app(
             Route(CHAT, router.generate, methods=["POST"]),
             Route("/v1/models", router.models, methods=["GET"]),
             Route("/health", router.health, methods=["GET"]),
+            Route("/ledger", router.ledgers, methods=["GET"]),
             Route("/metrics", router.prometheus, methods=["GET"]),
         ],
         exception_handlers={Fault: _on_fault, HTTPException: _on_http},
@@ -161,7 +171,7 @@ async def serve(
     prefill: Sequence[str],
     decode: Sequence[str],
     *,
-    releaser: Releaser,
+    broker: Broker,
     host: str = "127.0.0.1",
     port: int = 8000,
     settings: RouterSettings | None = None,
@@ -180,7 +190,7 @@ async def serve(
             "set api_key, listen on 127.0.0.1, or say insecure=true"
         )
     settings = settings or RouterSettings()
-    app = build_app(prefill, decode, releaser=releaser, settings=settings, api_key=api_key)
+    app = build_app(prefill, decode, broker=broker, settings=settings, api_key=api_key)
     config = uvicorn.Config(
         app,
         host=host,
@@ -231,7 +241,7 @@ def run(
     prefill: Sequence[str],
     decode: Sequence[str],
     *,
-    releaser: Releaser,
+    broker: Broker,
     host: str = "127.0.0.1",
     port: int = 8000,
     settings: RouterSettings | None = None,
@@ -243,7 +253,7 @@ def run(
         serve(
             prefill,
             decode,
-            releaser=releaser,
+            broker=broker,
             host=host,
             port=port,
             settings=settings,

@@ -13,27 +13,43 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
 
-from pd_connector.protocol.messages import CAPABILITY_BYTES
-from pd_connector.protocol.params import address_of, stream_params
+from pd_connector.protocol.messages import CAPABILITY_BYTES, Account
+from pd_connector.protocol.params import address_of, stream_params, transfer_params, with_report
+from pd_connector.router.books import Books
 from pd_connector.router.faults import Fault, LegFailed, Refused
+from pd_connector.router.ledger import Ledger, Legs, settle
 from pd_connector.router.order import Choice
 from pd_connector.router.policy import AGAIN, Mode, choose_mode
 from pd_connector.router.settings import RouterSettings
 from pd_connector.router.sse import EventSplitter, data_of, error_of
+from pd_connector.router.tracing import Trace
 from pd_connector.router.upstream import Exchange, Fleet, Side, Timeouts
+from pd_connector.runtime.clock import clock_id, stamp
 
 logger = logging.getLogger(__name__)
 
 _RELEASE_S = 2.0
 
 
-class Releaser(Protocol):
-    """Tells a prefill instance that nobody will read the blocks of a ticket."""
+class Broker(Protocol):
+    """Our side channel to the instances: tells a prefill instance that nobody will read the blocks of a ticket, and is
+    told by both instances where the time of a hand-over went."""
+
+    def address_for(self, url: str) -> str:
+        """Where the instance behind a URL reaches us; empty when it cannot."""
+
+    def expect(self, of: bytes) -> None:
+        """Keep what instances tell about a hand-over, until ``forget``."""
+
+    def accounts(self, of: bytes) -> Sequence[Account]:
+        """What they told so far."""
+
+    def forget(self, of: bytes) -> None: ...
 
     async def release(self, params: dict[str, Any]) -> None:
         """Send RELEASE for the ticket in these kv_transfer_params. Idempotent, returns within 1 s, does not raise."""
@@ -74,15 +90,22 @@ class HandOver:
     """The state of one choice. ``open`` once, then ``head`` and ``next_chunk``; ``close`` always."""
 
     def __init__(
-        self, choice: Choice, headers: Mapping[str, str], fleet: Fleet, settings: RouterSettings, releaser: Releaser
+        self,
+        choice: Choice,
+        headers: Mapping[str, str],
+        fleet: Fleet,
+        settings: RouterSettings,
+        broker: Broker,
+        books: Books,
+        arrived: int,
     ) -> None:
         self.head = b""
         self.prefill_name = self.decode_name = ""
-        self.prefill_s = self.decode_s = 0.0
         self._choice = choice
-        self._headers = headers
+        self._trace = Trace(headers)
         self._settings = settings
-        self._releaser = releaser
+        self._broker, self._books = broker, books
+        self.legs = Legs(arrived, clock_id())
         self._metrics = fleet.prefill.metrics
         self._fleet = fleet
         self._transfer = b""
@@ -114,17 +137,15 @@ class HandOver:
                 f"(attempt {self._attempts}); raise first_token_s or add instances",
             ) from None
 
-    @property
-    def legs_s(self) -> float:
-        """Seconds that the legs took: side by side, or one after the other."""
-        if self.mode is not None and self.mode.streamed:
-            return max(self.prefill_s, self.decode_s)
-        return self.prefill_s + self.decode_s
+    def ledger(self) -> Ledger | None:
+        """Where the time to the first token went, as far as the instances have told; None without one."""
+        return settle(self.legs, self._broker.accounts(self._transfer)) if self.legs.first_token else None
 
     @property
     def way(self) -> str:
         """How the hand-over went, and why so."""
-        assert self.mode is not None, "open first"
+        if self.mode is None:
+            return "none"
         return f"{'streamed' if self.mode.streamed else 'sequential'}: {self.mode.why}"
 
     async def next_chunk(self) -> bytes:
@@ -144,32 +165,40 @@ class HandOver:
         """Close what is still open, release a ticket that D did not take, and wait for releases under way."""
         if self._exchange is not None:
             self._exchange.close()
+        self._close_books()
         self._drop_ticket()
         if self._releases:
             await asyncio.wait(self._releases, timeout=2 * _RELEASE_S)  # Each ends itself before that.
 
+    def _close_books(self) -> None:
+        ledger = self.ledger()
+        attributes = {"prefill": self.prefill_name, "decode": self.decode_name, "hand_over": self.way}
+        if ledger is not None:
+            self._books.enter(self._trace.headers["x-request-id"], self._choice.stream, attributes, ledger)
+        self._trace.end(attributes, ledger)
+        self._broker.forget(self._transfer)
+
     async def _try(self) -> bool:
         exchange = self._prefill.begin()
         self.prefill_name, self.decode_name = exchange.name, ""
+        self._broker.forget(self._transfer)
         self._transfer = secrets.token_bytes(CAPABILITY_BYTES)
+        self._broker.expect(self._transfer)
+        self.legs.begin(stamp())
         self._address = self._fleet.addresses.get(exchange.name)
-        others = self._fleet.prefill.balancer.in_flight(exchange.name) - 1
-        settings = self._settings
-        self.mode = (
-            AGAIN
-            if self._stream_failed
-            else choose_mode(
-                self._choice.estimated_tokens(),
-                settings.stream_min_tokens,
-                self._address,
-                others,
-                settings.stream_max_queue,
-            )
-        )
+        self.mode = self._choose_mode(exchange)
+        self.legs.streamed = self.mode.streamed
         self._metrics.hand_overs.labels("streamed" if self.mode.streamed else "sequential", self.mode.code).inc()
         if self.mode.streamed:
             return await self._both_at_once(exchange)
         return await self._one_after_the_other(exchange)
+
+    def _choose_mode(self, prefill: Exchange) -> Mode:
+        if self._stream_failed:
+            return AGAIN
+        tokens, others = self._choice.estimated_tokens(), self._fleet.prefill.balancer.in_flight(prefill.name) - 1
+        settings = self._settings
+        return choose_mode(tokens, settings.stream_min_tokens, self._address, others, settings.stream_max_queue)
 
     async def _both_at_once(self, exchange: Exchange) -> bool:
         """D answers when it has P's blocks, or, should P fail, has computed what it lacks. P's own answer only matters
@@ -206,8 +235,6 @@ class HandOver:
             logger.info("%s while D reads along", failure)
         except Refused as refusal:
             logger.info("%s refused with %d while D reads along", exchange.name, refusal.status)
-        finally:
-            self.prefill_s += time.monotonic() - started
         self._renounce()
 
     async def _one_after_the_other(self, exchange: Exchange) -> bool:
@@ -246,18 +273,19 @@ class HandOver:
             await self._abandon(leg)
             self._renounce()
             raise
-        finally:
-            self.prefill_s += time.monotonic() - started
         self._metrics.leg_seconds.labels("prefill", exchange.name).observe(time.monotonic() - started)
         if self._ticket is None:
             self._metrics.ticketless.inc()
 
     async def _ask_prefill(self, exchange: Exchange) -> None:
         try:
-            body = self._choice.prefill_body(self._transfer, self.mode is not None and self.mode.streamed)
+            params = transfer_params(self._transfer, self.mode is not None and self.mode.streamed)
+            body = self._choice.prefill_body(self._reported(params, exchange))
             timeouts = Timeouts(total=self._settings.prefill_s)
-            await exchange.ask("POST", self._choice.path, body, self._headers, timeouts)
+            self.legs.prefill_sent = stamp()
+            await exchange.ask("POST", self._choice.path, body, self._trace.headers, timeouts)
             answer = _whole_answer(exchange, await exchange.read())
+            self.legs.prefill_answered = stamp()
             ticket = answer.get("kv_transfer_params")
             if ticket is not None and not isinstance(ticket, dict):
                 raise exchange.failed("its kv_transfer_params are neither an object nor null")
@@ -269,6 +297,11 @@ class HandOver:
             raise
         finally:
             exchange.close()
+
+    def _reported(self, params: dict[str, Any], exchange: Exchange) -> dict[str, Any]:
+        """The instance is to tell us where the time went."""
+        address = self._broker.address_for(exchange.name)
+        return with_report(params, address, self._transfer) if address else params
 
     def _learn(self, upstream: str, ticket: dict[str, Any] | None) -> None:
         address = None if ticket is None else address_of(ticket)
@@ -291,9 +324,10 @@ class HandOver:
         self.decode_name = exchange.name
         started = time.monotonic()
         try:
-            body = self._choice.decode_body(ticket)
+            body = self._choice.decode_body(ticket if ticket is None else self._reported(ticket, exchange))
             timeouts = Timeouts(silence=self._settings.decode_idle_s)
-            await exchange.ask("POST", self._choice.path, body, self._headers, timeouts)
+            self.legs.decode_sent = stamp()
+            await exchange.ask("POST", self._choice.path, body, self._trace.headers, timeouts)
             if self._choice.stream:
                 self.head = await _until_first_token(exchange, self._settings.max_response_bytes)
             else:
@@ -302,22 +336,21 @@ class HandOver:
         except BaseException:
             exchange.close()
             raise
-        finally:
-            self.decode_s += time.monotonic() - started
         self._exchange = exchange
+        self.legs.first_token = stamp()
         self._ticket = None  # D has the blocks: its first token was computed from them.
         self._metrics.leg_seconds.labels("decode", exchange.name).observe(time.monotonic() - started)
 
     def _drop_ticket(self) -> None:
         if self._ticket is None:
             return
-        self._begin_release(self._releaser.release(self._ticket))
+        self._begin_release(self._broker.release(self._ticket))
         self._ticket = None
 
     def _renounce(self) -> None:
         """P may have leased blocks, or be about to, of which we hold no ticket."""
         if self._address is not None:
-            self._begin_release(self._releaser.renounce(self._address, self._transfer))
+            self._begin_release(self._broker.renounce(self._address, self._transfer))
 
     def _begin_release(self, releasing: Coroutine[Any, Any, None]) -> None:
         release = asyncio.create_task(self._release(releasing))

@@ -46,6 +46,21 @@ class RouterMetrics:
             ["mode", "why"],
             registry=self.registry,
         )
+        self.stage_seconds = Histogram(
+            "pdc_router_ttft_stage_seconds",
+            "Where the time to the first token went, per choice; all stages and unaccounted add up to it. Answers that "
+            "are not streamed count as a whole.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.tokens = Counter(
+            "pdc_router_tokens",
+            "Prompt tokens of which decode instances told: prompt (all), cached (they had them), expected (to be "
+            "loaded), loaded.",
+            ["kind"],
+            registry=self.registry,
+        )
         self.in_flight = Gauge("pdc_router_in_flight", "Choices under way.", registry=self.registry)
         self.upstream_in_flight = Gauge(
             "pdc_router_upstream_in_flight",

@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 
-from pd_connector.protocol.params import transfer_params
 from pd_connector.router.faults import bad_request
 
 COMPLETIONS = "/v1/completions"
@@ -41,12 +40,11 @@ class Choice:
             return len(prompt)
         return len(orjson.dumps(prompt)) // 4
 
-    def prefill_body(self, transfer: bytes, stream: bool) -> bytes:
-        """The prefill leg: the same prompt, one token, nothing streamed, KV kept for a remote decode under the
-        capability ``transfer``; with ``stream`` it may be read while it is computed."""
+    def prefill_body(self, params: dict[str, Any]) -> bytes:
+        """The prefill leg: the same prompt, one token, nothing streamed, KV kept for a remote decode, on which
+        ``params`` says more."""
         body = {key: value for key, value in self.body.items() if key not in ("stream_options", "min_tokens")}
-        params = PREFILL_TICKET | transfer_params(transfer, stream)
-        body |= {"max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
+        body |= {"max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": PREFILL_TICKET | params}
         if self.path == CHAT or "max_completion_tokens" in body:
             body["max_completion_tokens"] = 1
         return orjson.dumps(body)

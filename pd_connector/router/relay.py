@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 import uuid
 from collections.abc import Coroutine, Iterable
 from typing import Any
@@ -15,13 +14,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from pd_connector.router.admission import Admission, Slot
+from pd_connector.router.books import Books
 from pd_connector.router.faults import Fault, LegFailed, Refused
-from pd_connector.router.legs import HandOver, Releaser
+from pd_connector.router.legs import Broker, HandOver
 from pd_connector.router.merge import StreamMerge, merge_plain
 from pd_connector.router.order import Order, parse
 from pd_connector.router.settings import RouterSettings
 from pd_connector.router.sse import EventSplitter, error_body, error_event
 from pd_connector.router.upstream import Fleet
+from pd_connector.runtime.clock import stamp
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +65,22 @@ class Relay:
     """An ASGI application for exactly one request. Its call returns when both legs are closed and no ticket is held."""
 
     def __init__(
-        self, request: Request, fleet: Fleet, settings: RouterSettings, releaser: Releaser, admission: Admission
+        self,
+        request: Request,
+        fleet: Fleet,
+        settings: RouterSettings,
+        broker: Broker,
+        books: Books,
+        admission: Admission,
     ) -> None:
         self._request = request
         self._path = request.url.path
         self._fleet = fleet
         self._settings = settings
-        self._releaser = releaser
+        self._broker, self._books = broker, books
         self._admission = admission
         self._headers = forwarded_headers(request)
-        self._started_at = time.monotonic()
+        self._arrived = stamp()
         self._answered = False
         self._client_send: Send
 
@@ -149,7 +156,7 @@ class Relay:
 
     async def _serve(self, order: Order) -> None:
         hands = [
-            HandOver(choice, self._headers_of(k), self._fleet, self._settings, self._releaser)
+            HandOver(choice, self._headers_of(k), self._fleet, self._settings, self._broker, self._books, self._arrived)
             for k, choice in enumerate(order.choices)
         ]
         try:
@@ -214,11 +221,9 @@ class Relay:
         await self._send_body(merge.ending(), more=False)
 
     def _told(self, hands: list[HandOver]) -> dict[str, str]:
-        """What the response says about its own way: type, stages in ms, upstreams."""
-        prefill, decode = max(hand.prefill_s for hand in hands), max(hand.decode_s for hand in hands)
-        slowest = max(hand.legs_s for hand in hands)
-        router = max(0.0, time.monotonic() - self._started_at - slowest)
-        stages = {"router": router, "prefill": prefill, "decode": decode}
+        """What the response says about its own way: type, stages in ms (of the choice that took longest), upstreams."""
+        slowest = max((ledger for hand in hands if (ledger := hand.ledger())), key=lambda ledger: ledger.wall)
+        stages = {**slowest.stages, "unaccounted": slowest.unaccounted}
         return {
             "content-type": hands[0].content_type,
             "server-timing": ", ".join(f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in stages.items()),

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from msgspec.structs import replace as replace_fields
 
 from pd_connector.config import Config
@@ -22,9 +20,16 @@ from pd_connector.memory import MemoryKind, Region, order_grids
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
-from pd_connector.protocol.messages import CAPABILITY_BYTES, Endpoint
-from pd_connector.protocol.ticket import ADDRESS, Ticket
-from pd_connector.runtime.arguments import block_groups, check_bytes, check_count, check_list, check_seconds
+from pd_connector.protocol.messages import CAPABILITY_BYTES, Account, Endpoint
+from pd_connector.protocol.ticket import Ticket
+from pd_connector.runtime.arguments import (
+    block_groups,
+    check_address,
+    check_bytes,
+    check_count,
+    check_list,
+    check_seconds,
+)
 from pd_connector.runtime.courier import Courier
 from pd_connector.runtime.driver import Driver
 from pd_connector.runtime.outcome import patiently, stats_of
@@ -246,7 +251,7 @@ class Agent:
             ticket.lease,
             ticket.epoch,
             ticket.capability,
-            self._leasable(blocks),
+            self._pulls.leasable(blocks),
             readers,
             self.config.lease_seconds if seconds is None else seconds,
             max(seconds or 0, self.config.lease_cap_seconds),
@@ -264,13 +269,6 @@ class Agent:
             del self._lease_ends[ticket.lease]
             raise
 
-    def _leasable(self, blocks: Sequence[npt.NDArray[np.uint32]]) -> dict[int, npt.NDArray[np.uint32]]:
-        planner = self._pulls.planner
-        for group, ids in enumerate(blocks):
-            if planner is not None and len(ids) and ids.max() >= (limit := planner.num_blocks(group)):
-                raise LocalProtocolError(f"block {ids.max()} cannot be leased: group {group} has {limit} blocks")
-        return {group: ids for group, ids in enumerate(blocks) if planner is None or planner.holds(group)}
-
     def grow(self, ticket: Ticket, tokens: Sequence[int], *, complete: bool = False) -> None:
         """A growing lease now has the ticket's blocks, of which the first ``tokens[g]`` tokens of each group g are
         written and may be read; ``complete`` when these are all. Blocks are only added, tokens only rise. A lease that
@@ -282,7 +280,9 @@ class Agent:
         for count in ready:
             check_count("tokens", count)
         self._driver.handle(
-            ev.Grow(ticket.lease, self._leasable(blocks), ready, complete, ticket.terms(blocks) if complete else b"")
+            ev.Grow(
+                ticket.lease, self._pulls.leasable(blocks), ready, complete, ticket.terms(blocks) if complete else b""
+            )
         )
 
     def end(self, lease: int, reason: str, *, again: bool = False) -> None:
@@ -424,13 +424,18 @@ class Agent:
         self._check_open()
         check_bytes("capability", capability, CAPABILITY_BYTES)
         check_seconds("waiting for a lease", seconds)
-        if not ADDRESS.fullmatch(address):
-            raise LocalProtocolError(f"{address[:200]!r} is not tcp://HOST:PORT or tcp://HOST:PORT#KEY")
+        check_address(address)
         self._feed(ev.Expect(address, capability, self.config.transfer_timeout_seconds if seconds is None else seconds))
 
     def disclaim(self, address: str, capability: bytes, *, renounce: bool = False) -> None:
         """Expect it no more; ``renounce``: also tell the owner that nobody will read under it, now or later."""
         self._feed(ev.Disclaim(address, capability, renounce))
+
+    def inform(self, address: str, account: Account) -> None:
+        """Tell the agent at ``address``, whose listener gets an Informed note. Raises LocalProtocolError."""
+        self._check_open()
+        check_address(address)
+        self._feed(ev.Inform(address, account))
 
     def keep(self, ticket: Ticket) -> None:
         """Renew a ticket's lease until ``drop``, a pull's end is up to the caller. TicketLost tells when it is over."""

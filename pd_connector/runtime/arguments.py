@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pd_connector.errors import LocalProtocolError
 from pd_connector.plan import block_ids
+from pd_connector.protocol.ticket import ADDRESS
 
 
 def check_seconds(what: str, seconds: object) -> None:
@@ -41,6 +42,12 @@ def check_range(value: Any) -> tuple[int, int]:
             f"a range of tokens is (first, behind the last), whole numbers from 0 on, got {value!r}"
         )
     return int(bounds[0]), int(bounds[1])
+
+
+def check_address(address: str) -> None:
+    """Raises LocalProtocolError unless an agent could answer there."""
+    if not ADDRESS.fullmatch(address):
+        raise LocalProtocolError(f"{address[:200]!r} is not tcp://HOST:PORT or tcp://HOST:PORT#KEY")
 
 
 def check_bytes(name: str, value: object, length: int | None = None) -> None:

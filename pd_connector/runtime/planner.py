@@ -80,6 +80,13 @@ class Planner:
         # A pipeline stage may hold no layer of a group; its blocks are then only numbers here.
         return self._num_blocks.get(group, 2**32)
 
+    def leasable(self, blocks: Sequence[npt.NDArray[np.uint32]]) -> dict[int, npt.NDArray[np.uint32]]:
+        """Of the blocks per group, those of groups that we hold. Raises LocalProtocolError for ids beyond them."""
+        for group, ids in enumerate(blocks):
+            if len(ids) and ids.max() >= (limit := self.num_blocks(group)):
+                raise LocalProtocolError(f"block {ids.max()} cannot be leased: group {group} has {limit} blocks")
+        return {group: ids for group, ids in enumerate(blocks) if self.holds(group)}
+
     def holds(self, group: int) -> bool:
         """Whether this rank has memory of a group."""
         return group in self._num_blocks

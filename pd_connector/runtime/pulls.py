@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from pd_connector.errors import LayoutMismatch, LeaseExpired, LocalProtocolError, PDError, TransferFailed
 from pd_connector.protocol import events as ev
@@ -65,6 +67,8 @@ class _Pull:
     ending: bool = False
     """The transfers of the epoch that has ended are brought to their ends."""
     met_at: float = 0.0
+    told_at: float = 0.0
+    """When the last of its owners said that all is ready."""
     outcome: str = "done"
     error: PDError | None = None
 
@@ -113,6 +117,10 @@ class Pulls:
             self._feed(ev.Abort(number, reason))
         for transfer in list(pull.legs):
             self._feed(ev.Abort(transfer, reason))
+
+    def leasable(self, blocks: Sequence[npt.NDArray[np.uint32]]) -> dict[int, npt.NDArray[np.uint32]]:
+        """As the planner has it; an agent without memory leases whatever those that it speaks for have."""
+        return dict(enumerate(blocks)) if self.planner is None else self.planner.leasable(blocks)
 
     # --- what the core says -------------------------------------------------------------------------------------------
 
@@ -170,6 +178,8 @@ class Pulls:
         pull = self._transfers[note.transfer]
         assert pull.following is not None
         assert self.planner is not None
+        if note.complete:
+            pull.told_at = self._clock()
         try:
             demands = pull.following.more(note)
             if not demands:
@@ -258,10 +268,13 @@ class Pulls:
     def _stats(self, pull: _Pull) -> ev.TransferStats:
         """Of all transfers together: they ran side by side, so the slowest counts."""
         every = pull.stats or [ev.TransferStats()]
+        commit = max(one.commit for one in every)
         return ev.TransferStats(
             connect=(pull.met_at or self._clock()) - pull.begun + max(one.connect for one in every),
             wire=max(one.wire for one in every),
-            commit=max(one.commit for one in every),
+            waiting=max(one.waiting for one in every),
+            commit=commit,
+            tail=max(self._clock() - commit - pull.told_at, 0.0) if pull.told_at else 0.0,
             bytes=sum(one.bytes for one in every),
             transport="+".join(sorted({one.transport for one in every if one.transport})),
             digests_compared=sum(one.digests_compared for one in every),

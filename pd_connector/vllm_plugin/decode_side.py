@@ -180,6 +180,8 @@ class DecodeSide:
         if hope is None or hope.attempted:
             return
         hope.attempted = True
+        held = 0 if hope.ticket is None else hope.ticket.tokens
+        self._side.accounts.ordered(request.request_id, max(held - external_tokens, 0), external_tokens)
         if not external_tokens:
             if not hope.problem and hope.ticket is not None:
                 self._side.counters["tickets_not_needed"] += 1

@@ -60,6 +60,8 @@ class StepOrders(KVConnectorMetadata):
     ready: list[Growth] = field(default_factory=list)
     """What may be read now, and ``computing`` what may be once this step is computed."""
     computing: list[Growth] = field(default_factory=list)
+    completes: list[str] = field(default_factory=list)
+    """Prefills whose prompt is computed when this step is."""
     closes: list[int] = field(default_factory=list)
     """Growing leases whose request has ended: its blocks are free when the lease ends, or has ended."""
     drops: list[int] = field(default_factory=list)

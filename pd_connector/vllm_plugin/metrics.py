@@ -15,6 +15,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from pd_connector.protocol.events import TransferStats
+from pd_connector.runtime.clock import clock_id
 
 MAX_PEERS = 64
 """Peers with a label value of their own; all further ones share ``other``."""
@@ -34,6 +35,9 @@ class Transferred:
     outcome: str
     error: str
     peer: str
+    request_id: str = ""
+    ended: int = 0
+    """A stamp."""
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -44,13 +48,17 @@ class Transferred:
             "connect": self.stats.connect,
             "wire": self.stats.wire,
             "commit": self.stats.commit,
+            "tail": self.stats.tail,
             "bytes": self.stats.bytes,
             "compared": self.stats.digests_compared,
+            "request_id": self.request_id,
+            "ended": self.ended,
         }
 
 
 class PDStats(KVConnectorStats):
-    """``data``: counters (increments), transfers (a list of plain dicts), gauges (per worker rank, last values)."""
+    """``data``: counters (increments), transfers (a list of plain dicts), gauges (per worker rank, last values), stages
+    ((name, seconds) of a request), and from workers forwards ((request, stamp of its end)) with the clock of stamps."""
 
     data: dict[str, Any]
 
@@ -61,24 +69,35 @@ class PDStats(KVConnectorStats):
         counters: Mapping[str, int] | None = None,
         transfers: Sequence[Transferred] = (),
         gauges: Mapping[str, Mapping[str, int]] | None = None,
+        stages: Sequence[tuple[str, float]] = (),
+        forwards: Sequence[tuple[str, int]] = (),
     ) -> PDStats:
         return cls(
             data={
                 "counters": dict(counters or {}),
                 "transfers": [transfer.plain() for transfer in transfers],
                 "gauges": {rank: dict(values) for rank, values in (gauges or {}).items()},
+                "stages": [list(each) for each in stages],
+                "forwards": [list(each) for each in forwards],
+                "clock": clock_id(),
             }
         )
 
     def reset(self) -> None:
-        self.data = {"counters": {}, "transfers": [], "gauges": {}}
+        self.data = PDStats.of().data
+
+    def take_stamps(self) -> tuple[str, list[Any], list[dict[str, Any]]]:
+        """(clock, forwards, transfers): what says when. The metrics do not need the forwards any more."""
+        forwards, self.data["forwards"] = self.data.get("forwards", []), []
+        return self.data.get("clock", ""), forwards, self.data.get("transfers", [])
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         if not self.data:
             self.reset()
         if other.data:
             self.data["counters"] = dict(Tally(self.data["counters"]) + Tally(other.data["counters"]))
-            self.data["transfers"] = [*self.data["transfers"], *other.data["transfers"]]
+            for key in ("transfers", "stages", "forwards"):
+                self.data[key] = [*self.data[key], *other.data[key]]
             self.data["gauges"] = {**self.data["gauges"], **other.data["gauges"]}
         return self
 
@@ -99,7 +118,7 @@ class PDStats(KVConnectorStats):
         }
 
     def is_empty(self) -> bool:
-        return not any(self.data.get(key) for key in ("counters", "transfers", "gauges"))
+        return not any(self.data.get(key) for key in ("counters", "transfers", "gauges", "stages", "forwards"))
 
 
 class PDPromMetrics(KVConnectorPromMetrics):
@@ -118,10 +137,17 @@ class PDPromMetrics(KVConnectorPromMetrics):
             stage: histogram(f"vllm:pdc_{name}", words, buckets=_SECONDS, labelnames=peer)
             for stage, name, words in (
                 ("connect", "connect_time_seconds", "Time from the load's start to its first read."),
-                ("wire", "xfer_time_seconds", "Time from the first read to the last byte."),
+                ("wire", "xfer_time_seconds", "Time in which something was being read."),
                 ("commit", "commit_time_seconds", "Time from the last byte to the owner's verdict."),
             )
         }
+        self._stages = histogram(
+            "vllm:pdc_stage_seconds",
+            "Stages of a handed-over request in this engine: p_queue (at P: until it is scheduled), prefill (until the "
+            "prompt's last forward has ended), d_queue (at D: in its queue, before and after the load).",
+            buckets=_SECONDS,
+            labelnames=[*labelnames, "stage"],
+        )
         self._bytes = histogram("vllm:pdc_bytes_transferred", "Bytes per load.", buckets=_BYTES, labelnames=peer)
         self._failed = counter(
             "vllm:pdc_num_failed_transfers", "Loads that ended without usable bytes.", labelnames=[*peer, "error"]
@@ -149,6 +175,8 @@ class PDPromMetrics(KVConnectorPromMetrics):
                 self._compared.labels(*labels).inc(transfer["compared"])
             else:
                 self._failed.labels(*labels, peer, transfer["error"] or transfer["outcome"]).inc()
+        for stage, seconds in transfer_stats_data.get("stages", ()):
+            self._stages.labels(*labels, stage).observe(seconds)
         for event, count in transfer_stats_data.get("counters", {}).items():
             self._events.labels(*labels, event).inc(count)
             if event == "leases_expired":

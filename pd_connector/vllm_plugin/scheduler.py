@@ -55,6 +55,7 @@ class PDScheduler:
 
     def on_new_request(self, request: Any) -> None:
         self.prefill.arrived(request)
+        self.side.accounts.arrived(request)
         self.decode.arrived(request)
 
     def matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
@@ -68,6 +69,7 @@ class PDScheduler:
     def finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """A request ended: (delay the free?, ticket)."""
         self.decode.finished(request)
+        self.side.accounts.finished(request.request_id)
         return self.prefill.finished(request, block_ids)
 
     def orders(self, output: Any) -> StepOrders:
@@ -75,6 +77,7 @@ class PDScheduler:
         self._take_notes()
         self.prefill.scheduled(output)
         self.decode.scheduled(output)
+        self.side.orders.completes = self.side.accounts.scheduled(output)
         self._empty_steps = 0 if output.total_num_scheduled_tokens else self._empty_steps + 1
         orders, self.side.orders = self.side.orders, StepOrders()
         orders.idle = self._empty_steps > self._steps_in_flight
@@ -88,6 +91,9 @@ class PDScheduler:
             self.decode.noted(note)
 
     def workers_reported(self, output: Any) -> None:
+        measured = output.kv_connector_stats
+        if measured is not None:
+            self.side.accounts.measured(*measured.take_stamps())
         self.decode.loaded(output.finished_recving or set())
         self.prefill.ended(output.finished_sending or set())
 
@@ -98,10 +104,11 @@ class PDScheduler:
         spoken = self._spoken_now
         fresh = Counter({f"speaker_{key}": n for key, n in (spoken - self._spoken).items() if "lease" not in key})
         self._spoken = spoken
-        if not self.side.counters and not fresh:
+        stages = self.side.accounts.take_stages()
+        if not self.side.counters and not fresh and not stages:
             return None
         counters, self.side.counters = self.side.counters + fresh, Counter()
-        return PDStats.of(counters=counters)
+        return PDStats.of(counters=counters, stages=stages)
 
     def _look(self) -> None:
         """On the loop: counters change there, another thread must not iterate over them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from pd_connector.cache.prefix import extend_key, root_key
@@ -12,6 +13,7 @@ from pd_connector.protocol import events as ev
 from pd_connector.runtime.agent import Agent
 from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import compat
+from pd_connector.vllm_plugin.accounts import Accounts
 from pd_connector.vllm_plugin.identity import model_identity
 from pd_connector.vllm_plugin.metadata import StepOrders
 from pd_connector.vllm_plugin.settings import instance_config
@@ -42,6 +44,7 @@ class Side:
         self.agent = Agent(self.config, name=self.engine_id, on_note=note)
         self.agent.identify(self.model)
         self.portal.call(self.agent.start)
+        self.accounts = Accounts(partial(self.portal.post, self.agent.inform))
 
     @property
     def shortens(self) -> bool:

@@ -14,6 +14,7 @@ from pd_connector.errors import LocalProtocolError, PDError, TransferFailed
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.agent import Agent
+from pd_connector.runtime.clock import stamp
 from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.identity import describe_caches, model_identity
@@ -73,6 +74,7 @@ class PDWorker:
         self._transferred: deque[Transferred] = deque()
         self._wake = threading.Event()
         self._idle = False
+        self._forwards: list[tuple[str, int]] = []
         self._numbers: dict[str, int] = {}
         self._waiting = False
         self._leases: dict[int, _Lease] = {}
@@ -121,6 +123,9 @@ class PDWorker:
 
     def computed(self, orders: StepOrders) -> None:
         """The step's forward is done: what it computed may be read."""
+        if orders.completes:
+            now = stamp()
+            self._forwards += [(request_id, now) for request_id in orders.completes]
         if orders.computing and self._portal is not None:
             self._portal.post(self._grow, orders.computing)
 
@@ -210,7 +215,7 @@ class PDWorker:
             self._look()
             # First of all, since the step that reports the end may be the last one for long.
             address = "" if load.ticket is None else load.ticket.address
-            self._transferred.append(Transferred(note.stats, note.outcome, error, address))
+            self._transferred.append(Transferred(note.stats, note.outcome, error, address, load.request_id, stamp()))
             # Of an aborted request nothing may be said but that it is quiet: its blocks may be another's by now.
             # A stream that broke off leaves what is confirmed of it.
             blocks = ([*note.failed_blocks],) if load.follow and self._groups == 1 else load.block_ids
@@ -277,10 +282,11 @@ class PDWorker:
         if (now := time.monotonic()) >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             self._portal.post(self._look)
-        if not delta and not transfers and gauges == self._seen[1]:
+        forwards, self._forwards = self._forwards, []
+        if not delta and not transfers and not forwards and gauges == self._seen[1]:
             return None
         self._seen = (counters, gauges)
-        return PDStats.of(counters=delta, transfers=transfers, gauges={str(self._rank): gauges})
+        return PDStats.of(counters=delta, transfers=transfers, gauges={str(self._rank): gauges}, forwards=forwards)
 
     def shutdown(self) -> None:
         """Let readers of our leases finish, within ``drain_seconds``, then close."""

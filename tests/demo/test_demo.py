@@ -98,7 +98,7 @@ def test_it_passes(directory: Path) -> None:
             assert prompt["recomputed_tokens"] == 0
             assert list(prompt["ttft_ms"]) == list(STAGES)
             assert all(ms >= 0 for ms in prompt["ttft_ms"].values())
-            assert all(prompt["ttft_ms"][stage] > 0 for stage in ("router", "prefill", "d_first_token"))
+            assert all(prompt["ttft_ms"][stage] > 0 for stage in ("router", "prefill", "first_token"))
             if length == 1:
                 assert (prompt["digests_equal"], prompt["kv_bytes"], prompt["transport"]) == (None, 0, "none")
                 continue

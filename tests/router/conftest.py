@@ -15,19 +15,36 @@ import aiohttp
 import pytest
 import uvicorn
 
+from pd_connector.protocol.messages import Account
 from pd_connector.router import RouterSettings, build_app
 
 from . import upstreams
 from .upstreams import Instance
 
 
-class RecordingReleaser:
-    """Remembers what was released; ``behave`` may delay or fail it."""
+class RecordingBroker:
+    """Remembers what was released; ``behave`` may delay or fail it. What instances tell is put into ``told``."""
 
     def __init__(self) -> None:
+        self.address = ""
+        self.open: set[bytes] = set()
+        self.told: dict[bytes, list[Account]] = {}
         self.released: list[dict[str, Any]] = []
         self.renounced: list[tuple[str, bytes]] = []
         self.behave: Callable[[], Any] | None = None
+
+    def address_for(self, url: str) -> str:
+        return self.address
+
+    def expect(self, of: bytes) -> None:
+        self.open.add(of)
+
+    def accounts(self, of: bytes) -> list[Account]:
+        assert of in self.open
+        return self.told.get(of, [])
+
+    def forget(self, of: bytes) -> None:
+        self.open.discard(of)
 
     async def release(self, params: dict[str, Any]) -> None:
         self.released.append(params)
@@ -44,7 +61,7 @@ class World:
 
     prefill: list[Instance] = field(default_factory=list)
     decode: list[Instance] = field(default_factory=list)
-    releaser: RecordingReleaser = field(default_factory=RecordingReleaser)
+    broker: RecordingBroker = field(default_factory=RecordingBroker)
     url: str = ""
     port: int = 0
     session: aiohttp.ClientSession = None  # type: ignore[assignment]
@@ -59,7 +76,7 @@ class World:
         app = build_app(
             [instance.url for instance in self.prefill],
             [instance.url for instance in self.decode],
-            releaser=self.releaser,
+            broker=self.broker,
             settings=RouterSettings(**({"retry_pause_s": 0.01} | settings)),
             api_key=api_key,
         )

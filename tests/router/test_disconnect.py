@@ -19,8 +19,8 @@ async def test_gone_during_a_short_prefill_its_ticket_is_still_learned_and_relea
     writer = await world.send_and_keep({"stream": True})
     await eventually(lambda: world.prefill[0].running)
     writer.close()
-    await eventually(lambda: world.releaser.released, within_s=2)
-    assert world.releaser.released == world.prefill[0].tickets
+    await eventually(lambda: world.broker.released, within_s=2)
+    assert world.broker.released == world.prefill[0].tickets
     assert world.prefill[0].aborted == 0
     assert not world.decode[0].bodies, "D is not asked for a client that left"
     await world.assert_idle()
@@ -38,7 +38,7 @@ async def test_gone_during_a_long_prefill_aborts_it_within_two_seconds(world: Wo
     assert time.monotonic() - left < 2
     await world.assert_idle()
     await world.assert_counted(GONE, 1)
-    assert world.releaser.released == []
+    assert world.broker.released == []
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -48,8 +48,8 @@ async def test_gone_between_p_and_ds_first_token_releases_the_ticket(world: Worl
     writer = await world.send_and_keep({"stream": stream})
     await eventually(lambda: world.decode[0].running)
     writer.close()
-    await eventually(lambda: world.decode[0].aborted == 1 and world.releaser.released, within_s=2)
-    assert world.releaser.released == world.prefill[0].tickets
+    await eventually(lambda: world.decode[0].aborted == 1 and world.broker.released, within_s=2)
+    assert world.broker.released == world.prefill[0].tickets
     await world.assert_idle()
     await world.assert_counted(GONE, 1)
 
@@ -62,7 +62,7 @@ async def test_gone_after_ds_first_token_aborts_d_and_releases_nothing(world: Wo
         response.close()
     await eventually(lambda: world.decode[0].aborted == 1, within_s=2)
     await world.assert_idle()
-    assert world.releaser.released == []
+    assert world.broker.released == []
     await world.assert_counted(GONE, 1)
 
 
@@ -79,7 +79,7 @@ async def test_gone_from_a_fanned_out_request_ends_every_choice(world: World, st
     await world.assert_idle()
     issued = [ticket for instance in world.prefill for ticket in instance.tickets]
     assert len(issued) == (4 if stage == "decode" else 0)
-    assert sorted(map(str, world.releaser.released)) == sorted(map(str, issued))
+    assert sorted(map(str, world.broker.released)) == sorted(map(str, issued))
 
 
 async def test_gone_while_sending_its_body(world: World):
@@ -101,8 +101,8 @@ async def test_gone_during_a_retry(world: World):
     writer = await world.send_and_keep({})
     await eventually(lambda: world.decode[1].running)
     writer.close()
-    await eventually(lambda: len(world.releaser.released) == 2, within_s=2)
-    assert world.releaser.released == world.prefill[0].tickets
+    await eventually(lambda: len(world.broker.released) == 2, within_s=2)
+    assert world.broker.released == world.prefill[0].tickets
     await world.assert_idle()
 
 
@@ -134,7 +134,7 @@ async def test_many_that_leave_at_random_stages_leave_nothing_behind(world: Worl
     await asyncio.gather(*(one(k) for k in range(40)))
     await world.assert_idle()
     issued = {str(ticket) for instance in world.prefill for ticket in instance.tickets}
-    released = [str(ticket) for ticket in world.releaser.released]
+    released = [str(ticket) for ticket in world.broker.released]
     assert len(released) == len(set(released)), "each once"
     assert set(released) <= issued
     served = {str(b["kv_transfer_params"]) for d in world.decode for b in d.bodies}

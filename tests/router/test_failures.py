@@ -67,7 +67,7 @@ async def check_fresh_ticket(world: World, answer: Any) -> None:
     assert answer.status == 200
     assert answer.headers["x-pdc-decode"] == world.decode[1].url
     old, fresh = world.prefill[0].tickets
-    assert world.releaser.released == [old]
+    assert world.broker.released == [old]
     assert world.decode[1].bodies[0]["kv_transfer_params"] == fresh
     await world.assert_idle()
 
@@ -80,7 +80,7 @@ async def test_a_single_decode_that_failed_on_its_ticket_is_tried_again_once(wor
     answer = await world.complete(stream=True)
     assert answer.status == 502
     assert len(world.decode[0].bodies) == 4
-    assert len(world.releaser.released) == 3
+    assert len(world.broker.released) == 3
     await world.assert_idle()
 
 
@@ -95,7 +95,7 @@ async def test_when_every_decode_fails_the_status_is_a_real_5xx(world: World, ki
     assert answer.error["type"] == "upstream_error"
     assert "decode leg on http://127.0.0.1" in answer.error["message"]
     assert "2 attempts" in answer.error["message"] or "3 attempts" in answer.error["message"]
-    assert sorted(map(str, world.releaser.released)) == sorted(map(str, world.prefill[0].tickets))
+    assert sorted(map(str, world.broker.released)) == sorted(map(str, world.prefill[0].tickets))
     await world.assert_idle()
 
 
@@ -162,7 +162,7 @@ async def test_a_4xx_is_passed_on_unchanged_and_not_retried(world: World, leg: s
     assert (answer.status, answer.json) == (code, body)
     assert sum(len(instance.bodies) for instance in getattr(world, leg)) == 1
     issued = [ticket for instance in world.prefill for ticket in instance.tickets]
-    assert world.releaser.released == issued
+    assert world.broker.released == issued
     assert len(issued) == (1 if leg == "decode" else 0)
     await world.assert_idle()
 
@@ -175,7 +175,7 @@ async def test_a_4xx_as_a_first_event_becomes_a_real_4xx(world: World):
     assert answer.status == 400
     assert answer.error["code"] == 400
     assert sum(len(instance.bodies) for instance in world.decode) == 1
-    assert len(world.releaser.released) == 1
+    assert len(world.broker.released) == 1
 
 
 async def test_prefill_timeout_moves_to_another(world: World):
@@ -195,7 +195,7 @@ async def test_decode_that_stays_silent_times_out(world: World):
     world.decode[0].act = upstreams.hang
     answer = await world.complete(stream=True)
     assert answer.status == 504
-    assert world.releaser.released == world.prefill[0].tickets
+    assert world.broker.released == world.prefill[0].tickets
     await world.assert_idle()
 
 
@@ -206,7 +206,7 @@ async def test_the_deadline_over_all_attempts(world: World, leg: str):
     answer = await world.complete(stream=True)
     assert answer.status == 504
     assert f"{leg} leg on {getattr(world, leg)[0].url}" in answer.error["message"]
-    assert world.releaser.released == world.prefill[0].tickets
+    assert world.broker.released == world.prefill[0].tickets
     await world.assert_idle()
     assert getattr(world, leg)[0].aborted == 1
 
@@ -222,7 +222,7 @@ async def test_after_the_first_token_a_failure_ends_the_stream_with_an_error_eve
     assert f"decode leg on {world.decode[0].url}" in error["message"]
     assert error["code"] == 502
     assert not world.decode[1].bodies, "not retried: the client has tokens already"
-    assert world.releaser.released == [], "D took the blocks"
+    assert world.broker.released == [], "D took the blocks"
     await world.assert_counted('pdc_router_requests_total{outcome="broken",route="/v1/completions"}', 1)
     await world.assert_idle()
 
@@ -255,7 +255,7 @@ async def test_one_choice_that_fails_at_its_start_is_retried_alone(world: World)
     world.decode[0].script.append(upstreams.error_event(500))
     answer = await world.complete(["a", "b"], n=2, stream=True)
     assert {choice["index"] for chunk in answer.chunks for choice in chunk["choices"]} == {0, 1, 2, 3}
-    assert len(world.releaser.released) == 1
+    assert len(world.broker.released) == 1
     await world.assert_idle()
 
 
@@ -268,12 +268,12 @@ async def test_one_choice_that_is_refused_ends_all_and_releases_their_tickets(wo
     await world.assert_idle()
     assert world.decode[0].aborted == 2
     assert len(world.prefill[0].tickets) == 3
-    released = sorted(ticket["remote_block_ids"] for ticket in world.releaser.released)
+    released = sorted(ticket["remote_block_ids"] for ticket in world.broker.released)
     assert released == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("trouble", ["raises", "hangs"])
-async def test_a_releaser_in_trouble_does_not_hurt_the_request(world: World, trouble: str):
+async def test_a_broker_in_trouble_does_not_hurt_the_request(world: World, trouble: str):
     await world.start(decode=2)
 
     async def behave() -> None:
@@ -281,7 +281,7 @@ async def test_a_releaser_in_trouble_does_not_hurt_the_request(world: World, tro
             raise RuntimeError("side channel closed")
         await asyncio.sleep(30)
 
-    world.releaser.behave = behave
+    world.broker.behave = behave
     world.decode[0].act = upstreams.status(500)
     assert (await world.complete()).status == 200
     await world.assert_idle()

@@ -16,7 +16,7 @@ from pd_connector.errors import ConfigError
 from pd_connector.router import build_app, serve
 
 from . import upstreams
-from .conftest import RecordingReleaser, World, eventually
+from .conftest import RecordingBroker, World, eventually
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xfe", b'{"prompt": NaN}'])
@@ -152,30 +152,42 @@ def test_the_app_refuses_what_it_cannot_use():
         (["http://h"], ["http://d"], ""),
     ):
         with pytest.raises(ConfigError):
-            build_app(prefill, decode, releaser=RecordingReleaser(), api_key=key)
+            build_app(prefill, decode, broker=RecordingBroker(), api_key=key)
 
 
 async def test_serve_refuses_an_open_door_and_a_taken_port():
     with pytest.raises(ConfigError, match="without a key"):
-        await serve(["http://127.0.0.1:1"], ["http://127.0.0.1:2"], releaser=RecordingReleaser(), host="0.0.0.0")
+        await serve(["http://127.0.0.1:1"], ["http://127.0.0.1:2"], broker=RecordingBroker(), host="0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            await serve(["http://127.0.0.1:1"], ["http://127.0.0.1:2"], releaser=RecordingReleaser(), port=port)
+            await serve(["http://127.0.0.1:1"], ["http://127.0.0.1:2"], broker=RecordingBroker(), port=port)
 
 
 SERVER = """
 import asyncio, sys
 from pd_connector.router import serve
 
-class Releaser:
+class Broker:
+    def address_for(self, url):
+        return ""
+
+    def expect(self, of):
+        pass
+
+    def accounts(self, of):
+        return []
+
+    def forget(self, of):
+        pass
+
     async def release(self, params):
         print("released", params["remote_engine_id"], flush=True)
 
 def ready(port):
     print("port", port, flush=True)
 
-asyncio.run(serve([sys.argv[1]], [sys.argv[2]], releaser=Releaser(), port=0, on_ready=ready))
+asyncio.run(serve([sys.argv[1]], [sys.argv[2]], broker=Broker(), port=0, on_ready=ready))
 """
 
 

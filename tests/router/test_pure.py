@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_connector.errors import ConfigError
+from pd_connector.protocol.params import transfer_params
 from pd_connector.router import RouterSettings
 from pd_connector.router.faults import Fault
 from pd_connector.router.merge import StreamMerge, merge_plain, sum_usage
@@ -91,7 +92,10 @@ def test_batch_and_n_become_single_choices_in_index_order():
 def test_seeds_go_round_at_the_end_of_what_json_can_carry():
     body = {"prompt": "p", "n": 2, "seed": 2**64 - 1}
     choices = parse(COMPLETIONS, json.dumps(body).encode(), 128).choices
-    assert [json.loads(choice.prefill_body(TRANSFER, False))["seed"] for choice in choices] == [2**64 - 1, 0]
+    assert [json.loads(choice.prefill_body(transfer_params(TRANSFER, False)))["seed"] for choice in choices] == [
+        2**64 - 1,
+        0,
+    ]
 
 
 def test_prefill_body_asks_for_one_token_and_a_ticket():
@@ -107,13 +111,13 @@ def test_prefill_body_asks_for_one_token_and_a_ticket():
         "pdc": {"transfer": TRANSFER.hex(), "stream": False},
     }
     expected = {"prompt": "p", "max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": ticket}
-    assert json.loads(choice.prefill_body(TRANSFER, False)) == expected
+    assert json.loads(choice.prefill_body(transfer_params(TRANSFER, False))) == expected
     assert json.loads(choice.decode_body({"t": 1})) == body | {"kv_transfer_params": {"t": 1}}
 
 
 def test_chat_prefill_bounds_both_token_limits():
     choice = parse(CHAT, b'{"messages": [], "max_completion_tokens": 9}', 128).choices[0]
-    prefill = json.loads(choice.prefill_body(TRANSFER, False))
+    prefill = json.loads(choice.prefill_body(transfer_params(TRANSFER, False)))
     assert (prefill["max_tokens"], prefill["max_completion_tokens"]) == (1, 1)
 
 
@@ -121,7 +125,7 @@ def test_a_client_cannot_bring_its_own_ticket():
     choice = parse(COMPLETIONS, b'{"prompt": "p", "kv_transfer_params": {"remote_host": "evil"}}', 128).choices[0]
     assert b"evil" not in choice.decode_body(None)
     assert b"evil" not in choice.decode_body({"mine": 1})
-    assert b"evil" not in choice.prefill_body(TRANSFER, False)
+    assert b"evil" not in choice.prefill_body(transfer_params(TRANSFER, False))
 
 
 @pytest.mark.parametrize(

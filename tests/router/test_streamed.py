@@ -59,7 +59,7 @@ async def test_a_long_prompt_goes_to_both_at_once(world: World) -> None:
     assert chosen is not None
     assert chosen[1]
     assert stream_of(to_decode["kv_transfer_params"]) == (f"tcp://127.0.0.1:{world.prefill[0].port}", chosen[0])
-    assert world.releaser.released == []
+    assert world.broker.released == []
     await world.assert_counted('pdc_router_hand_overs_total{mode="streamed",why="long"}', 1)
     await world.assert_idle()
 
@@ -96,7 +96,7 @@ async def test_prefill_fails_and_decode_answers_all_the_same(world: World, failu
     world.decode[0].script.append(upstreams.slow(0.3, upstreams.decode))
     answer = await world.complete(LONG)
     assert answer.status == 200
-    (renounced,) = world.releaser.renounced
+    (renounced,) = world.broker.renounced
     assert renounced[0] == f"tcp://127.0.0.1:{world.prefill[0].port}", "D must not wait for what will not come"
     await world.assert_idle()
 
@@ -107,7 +107,7 @@ async def test_prefill_answers_from_another_address(world: World) -> None:
     world.prefill[0].script.append(prefill_with(port=1))
     world.decode[0].script.append(upstreams.slow(0.3, upstreams.decode))
     assert (await world.complete(LONG)).status == 200
-    assert len(world.releaser.renounced) == 1
+    assert len(world.broker.renounced) == 1
     world.prefill[0].act = prefill_with(port=1)
     await world.complete(LONG)
     found = stream_of(world.decode[0].bodies[-1]["kv_transfer_params"])
@@ -121,7 +121,7 @@ async def test_decode_fails_and_the_second_attempt_is_sequential(world: World) -
     answer = await world.complete(LONG)
     assert answer.status == 200
     assert answer.headers["x-pdc-hand-over"] == "sequential: an attempt to stream it failed"
-    assert len(world.releaser.renounced) == 1
+    assert len(world.broker.renounced) == 1
     assert from_params(world.decode[0].bodies[-1]["kv_transfer_params"]).lease == 1
     await world.assert_idle()
 
@@ -131,7 +131,7 @@ async def test_decode_answers_before_prefill(world: World) -> None:
     await started(world)
     world.prefill[0].script.append(upstreams.hang)
     assert (await world.complete(LONG)).status == 200
-    assert len(world.releaser.renounced) == 1
+    assert len(world.broker.renounced) == 1
     await eventually(lambda: world.prefill[0].aborted == 1)
     await world.assert_idle()
 
@@ -140,7 +140,7 @@ async def test_a_refusal_of_decode_is_the_clients(world: World) -> None:
     await started(world)
     world.decode[0].script.append(upstreams.status(422))
     assert (await world.complete(LONG)).status == 422
-    assert len(world.releaser.renounced) == 1
+    assert len(world.broker.renounced) == 1
 
 
 async def test_a_client_that_leaves(world: World) -> None:
@@ -150,7 +150,7 @@ async def test_a_client_that_leaves(world: World) -> None:
     writer = await world.send_and_keep({"prompt": LONG})
     await eventually(lambda: world.prefill[0].running and world.decode[0].running)
     writer.close()
-    await eventually(lambda: world.releaser.renounced)
+    await eventually(lambda: world.broker.renounced)
     await world.assert_idle()
 
 
@@ -161,10 +161,10 @@ async def test_a_client_that_leaves_a_sequential_one(world: World) -> None:
     writer = await world.send_and_keep({"prompt": "short"})
     await eventually(lambda: world.prefill[0].running)
     writer.close()
-    await eventually(lambda: world.releaser.renounced)
+    await eventually(lambda: world.broker.renounced)
     chosen = transfer_of(world.prefill[0].bodies[-1]["kv_transfer_params"])
     assert chosen is not None
-    assert world.releaser.renounced == [(f"tcp://127.0.0.1:{world.prefill[0].port}", chosen[0])]
+    assert world.broker.renounced == [(f"tcp://127.0.0.1:{world.prefill[0].port}", chosen[0])]
 
 
 async def test_a_sequential_answer_that_is_lost_with_its_ticket(world: World) -> None:
@@ -182,7 +182,7 @@ async def test_a_sequential_answer_that_is_lost_with_its_ticket(world: World) ->
     assert (await world.complete("short")).status == 200
     chosen = transfer_of(world.prefill[0].bodies[0]["kv_transfer_params"])
     assert chosen is not None
-    assert [transfer for _, transfer in world.releaser.renounced] == [chosen[0]]
+    assert [transfer for _, transfer in world.broker.renounced] == [chosen[0]]
 
 
 async def test_no_attempt_is_streamed_after_one_has_failed(world: World) -> None:
