@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_demo(commands)
     _add_router(commands)
+    _add_ledger(commands)
     _add_doctor(commands)
     _add_bench(commands)
     _add_keygen(commands)
@@ -124,7 +125,7 @@ def _router(arguments: argparse.Namespace) -> int:
     _require_router()
     if not 0 <= arguments.port <= 65535:
         raise ConfigError(f"--port {arguments.port} is not a port; choose 0 to 65535")
-    api_key = None if arguments.api_key_file is None else _read(arguments.api_key_file, "--api-key-file").strip()
+    api_key = _api_key(arguments)
     config = Config() if arguments.config is None else _agent_config(arguments.config)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if arguments.otlp_traces_endpoint is not None:
@@ -160,6 +161,38 @@ def _require_router() -> None:
         import pd_connector.router  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(f"the router needs {error.name!r}: pip install 'pd-connector[router]'") from None
+
+
+def _add_ledger(commands: Any) -> None:
+    words = "show where the time to the first token of a router's last requests went"
+    ledger = commands.add_parser("ledger", help=words, description=words)
+    ledger.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="of the router (default: %(default)s)")
+    ledger.add_argument("-n", type=int, default=20, dest="count", help="how many (default: %(default)s)")
+    ledger.add_argument("--json", action="store_true", help="print one JSON array, newest last")
+    ledger.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png, .svg or .pdf")
+    ledger.add_argument("--api-key-file", type=Path, metavar="FILE", help="the router's key")
+    ledger.set_defaults(run=_ledger)
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    _require_router()
+    from pd_connector.router import show
+
+    ledgers = show.fetch(arguments.url, arguments.count, _api_key(arguments))
+    if arguments.plot is not None:
+        show.plot(ledgers, arguments.plot)
+    if arguments.json:
+        print(json.dumps(ledgers))
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    console.print(show.table(ledgers) if ledgers else "no request has been answered yet")
+    return 0
+
+
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    return None if arguments.api_key_file is None else _read(arguments.api_key_file, "--api-key-file").strip()
 
 
 def _agent_config(path: Path) -> Config:

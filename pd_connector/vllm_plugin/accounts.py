@@ -83,7 +83,8 @@ class Accounts:
     def _first_scheduled(self, known: _Open, computed: int) -> None:
         times = known.times
         cached = times.cached if isinstance(times, DecodeTimes) else 0
-        loaded = max(0, min(computed - cached, times.expected))
+        # The last prompt token is computed in any case, also when it was loaded.
+        loaded = times.expected if computed >= times.prompt - 1 else max(0, min(computed - cached, times.expected))
         known.times = replace(times, scheduled=times.scheduled or stamp(), loaded=loaded)
 
     def measured(self, clock: str, forwards: Iterable[tuple[str, int]], loads: Iterable[Mapping[str, Any]]) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from serving import BLOCK, Answer, Both, Gauge, Held, ask, body, prompt_of, same
 from pd_connector.demo.instance import Instance, free_port, vllm_instance
 from pd_connector.demo.model import ModelShape, build_model
 from pd_connector.protocol.params import stream_params, transfer_params
+from pd_connector.router.show import fetch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
 
@@ -108,15 +114,23 @@ def test_several_along(along: Pair) -> None:
     along.free()
 
 
-def test_through_the_router(along: Pair, tmp_path: Path) -> None:
-    """It learns P's address from the first answer, and streams from then on."""
+@contextlib.contextmanager
+def router_before(pair: Pair, directory: Path) -> Iterator[Instance]:
     port = free_port()
     command = [sys.executable, "-m", "pd_connector.cli", "router", "--port", str(port)]
-    command += ["--prefill", along.p.url, "--decode", along.d.url]
-    router = Instance("router", command, port, tmp_path / "router.log")
+    command += ["--prefill", pair.p.url, "--decode", pair.d.url]
+    router = Instance("router", command, port, directory / "router.log")
     router.start()
     try:
         router.wait_ready(60)
+        yield router
+    finally:
+        router.stop()
+
+
+def test_through_the_router(along: Pair, tmp_path: Path) -> None:
+    """It learns P's address from the first answer, and streams from then on."""
+    with router_before(along, tmp_path) as router:
         d, answers = Gauge(along.d), []
         for seed in ("sequential", "streamed"):
             prompt = prompt_of(PROMPT, seed=seed)
@@ -126,8 +140,44 @@ def test_through_the_router(along: Pair, tmp_path: Path) -> None:
         d.wait(5, transfers_done=2, tokens_recomputed=0)
         for prompt, answer in answers:
             same(answer, along.plain(prompt))
-    finally:
-        router.stop()
+    along.free()
+
+
+def test_the_ledger_of_a_hundred_requests(along: Pair, tmp_path: Path) -> None:
+    """Short and long, streamed and whole, four at a time: where the time went is known of each."""
+    lengths = [20, 90, 129, 200, 300, 20, 60, 257, 150, 1100] * 10
+    d = Gauge(along.d)
+    with router_before(along, tmp_path) as router, ThreadPoolExecutor(4) as pool:
+
+        def request(number: int) -> None:
+            prompt = prompt_of(lengths[number], seed=f"ledger {number}")
+            data = json.dumps(body(prompt, 2, stream=number % 3 != 0)).encode()
+            asked = urllib.request.Request(router.url + "/v1/completions", data, {"content-type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=120) as answer:
+                answer.read()
+
+        for waiting in [pool.submit(request, number) for number in range(100)]:
+            waiting.result(timeout=120)
+        until(lambda: len(fetch(router.url, 1000, None)) == 100, 10)
+        ledgers = fetch(router.url, 1000, None)
+        d.wait(5, transfers_done=100, tokens_recomputed=0)
+        shown = subprocess.run(
+            [sys.executable, "-m", "pd_connector.cli", "ledger", router.url, "--plot", str(tmp_path / "ledger.png")],
+            capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "COLUMNS": "200"},
+        )  # fmt: skip
+    worst = max(ledgers, key=lambda ledger: ledger["unaccounted_ms"] / ledger["ttft_ms"])
+    assert worst["unaccounted_ms"] <= 0.02 * worst["ttft_ms"], worst
+    assert sorted(ledger["tokens"]["prompt"] for ledger in ledgers) == sorted(lengths)
+    for ledger in ledgers:
+        assert (ledger["missing"], ledger["other_clocks"]) == ([], []), ledger
+        assert ledger["tokens"]["loaded"] == ledger["tokens"]["expected"] == ledger["tokens"]["prompt"], ledger
+        stages = ledger["stages_ms"]
+        assert all(stages[stage] > 0 for stage in ("router", "p_queue", "prefill", "d_queue", "first_token")), ledger
+        assert ledger["reading_ms"] > 0, ledger
+        assert stages["wire"] > 0 or ledger["hand_over"].startswith("streamed"), ledger
+    assert {ledger["hand_over"].partition(":")[0] for ledger in ledgers} == {"sequential", "streamed"}
+    assert "median" in shown.stdout
+    assert (tmp_path / "ledger.png").stat().st_size > 1000
     along.free()
 
 
