@@ -232,6 +232,8 @@ class MiniEngine:
         assert not len(scheduler.decode)
         assert not len(scheduler.prefill)
         assert not scheduler.decode._lost
+        assert not len(scheduler.side.accounts)
+        assert not scheduler.side.accounts._computing
 
     def shutdown(self) -> None:
         self.worker.shutdown()
