@@ -45,6 +45,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_seconds: how long a stopping instance waits for readers of its leases.
     transport: "auto", or the names of the only transports to use.
     transport_options: options per transport name, checked by the transport.
+    pool_bytes: host memory per rank in which a decode instance keeps finished requests for the next turns of their
+        conversations; 0 for none.
+    pool_seconds: how long it keeps them; the oldest go sooner when there is no room.
     audit: digest every block read on both sides and compare (costs CPU on both).
     strict: a decode instance answers with an error, instead of computing a prompt whose prefill was handed over; needs
         vLLM's kv_load_failure_policy "fail".
@@ -66,6 +69,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     transport: str | tuple[str, ...] = "auto"
     transport_options: dict[str, dict[str, Any]] = {}
+    pool_bytes: Annotated[int, Meta(ge=0, le=2**46)] = 0
+    pool_seconds: Seconds = 600.0
     audit: bool = False
     strict: bool = False
     model: str = ""

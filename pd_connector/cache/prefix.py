@@ -30,5 +30,16 @@ def extend_key(key: bytes, tokens: Sequence[int] | npt.NDArray[np.uint32]) -> by
     return _digest(key, np.asarray(tokens, dtype="<u4").tobytes())
 
 
+def prefix_keys(key: bytes, tokens: Sequence[int] | npt.NDArray[np.uint32], counts: Sequence[int]) -> list[bytes]:
+    """``extend_key(key, tokens[:count])`` of every count, which ascend, at the price of the longest one."""
+    data, out, done = np.asarray(tokens, dtype="<u4").tobytes(), [], 0
+    digest = hashlib.blake2b(digest_size=KEY_BYTES, key=key)
+    for count in counts:
+        digest.update(data[4 * done : 4 * count])
+        done = count
+        out.append(digest.digest())
+    return out
+
+
 def _digest(key: bytes, data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=KEY_BYTES, key=key).digest()

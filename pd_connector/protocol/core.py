@@ -59,6 +59,7 @@ from pd_connector.protocol.messages import (
     Renew,
     Renewed,
     Renounce,
+    Saved,
     Stale,
     Verdict,
     Welcome,
@@ -168,8 +169,8 @@ class Core:
                 self.keeper.expect(event, now)
             case Disclaim():
                 self.keeper.disclaim(event)
-            case Inform(address, account):
-                self._context.send(address, replace(account, src=self._context.incarnation, dst=0))
+            case Inform(address, message):
+                self._context.send(address, replace(message, src=self._context.incarnation, dst=0))
             case Drain():
                 self._context.draining = True
             case Close():
@@ -199,7 +200,7 @@ class Core:
     def is_for_us(self, message: AnyMessage) -> bool:
         """Only what is meant for this very incarnation counts: transfer and lease numbers start anew in each.
         Capabilities do not, and who speaks of one may know no more than an address."""
-        nameless = isinstance(message, Await | Renounce | Account) and not message.dst
+        nameless = isinstance(message, Await | Renounce | Account | Saved) and not message.dst
         return message.dst == self._context.incarnation or nameless
 
     def _dispatch(self, route: str, message: AnyMessage, now: float) -> None:
@@ -212,7 +213,7 @@ class Core:
                 self.owner.renounce(message, now)
             case Granted():
                 self.keeper.granted(route, message)
-            case Account():
+            case Account() | Saved():
                 self._context.notify(Informed(message))
             case Ready():
                 self.reader.ready(route, message, now)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pd_connector.errors import PDError
 from pd_connector.plan import CopyPlan, Ids, Side
-from pd_connector.protocol.messages import Account, Endpoint, Message
+from pd_connector.protocol.messages import Account, Endpoint, Message, Saved
 from pd_connector.protocol.ticket import Ticket
 
 Route = str
@@ -216,7 +216,7 @@ class Inform:
     """Tell whoever answers at ``address``, once; nobody minds when it is lost."""
 
     address: str
-    account: Account
+    message: Account | Saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,7 +426,7 @@ class TicketLost:
 class Informed:
     """Somebody told us; whether it is about anything of ours is the engine's to see."""
 
-    account: Account
+    message: Account | Saved
 
 
 @dataclass(frozen=True, slots=True)

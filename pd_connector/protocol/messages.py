@@ -197,6 +197,17 @@ class Account(Message, tag="account", frozen=True, kw_only=True):
     times: PrefillTimes | DecodeTimes
 
 
+class Saved(Message, tag="saved", frozen=True, kw_only=True):
+    """What a decode instance kept of a request, for whoever brokered it as ``of``: a ticket (as Ticket.to_bytes) for
+    the next turn of the conversation, held for so long; empty, with the reason, when it kept nothing. ``dst`` may be 0.
+    """
+
+    of: Capability
+    ticket: Annotated[bytes, Meta(max_length=MAX_FRAME)] = b""
+    remaining_ms: Millis = 0
+    reason: Words = ""
+
+
 class Commit(Message, tag="commit", frozen=True, kw_only=True):
     """Was the lease held until now? ``final`` also releases it for this reader; without it, it is a CHECK."""
 
@@ -265,7 +276,7 @@ class Bye(Message, tag="bye", frozen=True, kw_only=True):
 
 AnyMessage = (
     Hello | Welcome | Open | Opened | Ready | Commit | Verdict | Renew | Renewed | Release | Await | Granted | Renounce
-    | Account | Stale | Refused | Bye
+    | Account | Saved | Stale | Refused | Bye
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

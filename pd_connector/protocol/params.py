@@ -11,7 +11,7 @@ from typing import Any
 
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.protocol.messages import CAPABILITY_BYTES, MAX_GROUPS
-from pd_connector.protocol.ticket import ADDRESS, MAX_BLOCKS, Ticket
+from pd_connector.protocol.ticket import ADDRESS, MAX_BLOCKS, MAX_MARKS, Ticket
 
 KEY = "pdc"
 
@@ -44,6 +44,7 @@ def to_params(
             "key": ticket.key.hex(),
             "server_key": server_key,
             "engines": engines,
+            **({"marks": [[tokens, key.hex()] for tokens, key in ticket.marks]} if ticket.marks else {}),
         },
     }
 
@@ -71,6 +72,10 @@ def from_params(params: Mapping[str, Any]) -> Ticket:
         blocks = tuple(tuple(_number(block, 2**32) for block in group) for group in groups)
         field = "remote_num_tokens"
         tokens = _number(params["remote_num_tokens"], 2**32)
+        field = f"{KEY}.marks"
+        marks = tuple((_number(count, 2**32), bytes.fromhex(key)[:64]) for count, key in ours.get("marks", ()))
+        if len(marks) > MAX_MARKS:
+            raise ValueError("out of range")
         field = f"{KEY}.incarnation, lease, epoch, key"
         return Ticket(
             address=_address_at(host, port, server_key),
@@ -81,6 +86,7 @@ def from_params(params: Mapping[str, Any]) -> Ticket:
             blocks=blocks,
             tokens=tokens,
             key=bytes.fromhex(ours["key"])[:64],
+            marks=marks,
         )
         # Whatever a client may have written: it must cost its own request a recomputation and nobody anything else.
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -144,6 +150,31 @@ def report_of(params: Mapping[str, Any]) -> tuple[str, bytes] | None:
     except (LookupError, TypeError, ValueError):
         return None
     return (address, of) if valid else None
+
+
+def with_save(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same parameters, asking a decode instance to keep what it has in the end for the conversation's next turn:
+    whoever wants its Account is then told by Saved."""
+    ours = params.get(KEY)
+    return {**params, KEY: {**(ours if isinstance(ours, Mapping) else {}), "save": True}}
+
+
+def wants_save(params: Mapping[str, Any]) -> bool:
+    ours = params.get(KEY)
+    return isinstance(ours, Mapping) and ours.get("save") is True
+
+
+def with_prefix(params: Mapping[str, Any], ticket: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a prefill, and a ticket (as parameters) of the KV of a prefix of its prompt."""
+    ours = params.get(KEY)
+    return {**params, KEY: {**(ours if isinstance(ours, Mapping) else {}), "prefix": dict(ticket)}}
+
+
+def prefix_of(params: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Parameters of the ticket of a prefix; None when there is none."""
+    ours = params.get(KEY)
+    found = ours.get("prefix") if isinstance(ours, Mapping) else None
+    return found if isinstance(found, Mapping) else None
 
 
 def stream_params(address: str, transfer: bytes) -> dict[str, Any]:

@@ -19,13 +19,15 @@ from pd_connector.protocol.messages import TERMS_BYTES, U32, U64, Capability, Na
 
 MAX_BLOCKS = 2**20
 MAX_KEY_BYTES = 64
+MAX_MARKS = 64
 ADDRESS = re.compile(r"tcp://[^\s#/]+:\d{1,5}(#[0-9a-f]{64})?")
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """``address`` and ``incarnation`` name the agent that speaks for the owner, ``blocks`` the owner's block ids per KV
     cache group, ``tokens`` how many tokens of KV they hold and ``key`` the canonical prefix key of those tokens
-    (cache.prefix), empty when the engine has no use for it."""
+    (cache.prefix), empty when the engine has no use for it. ``marks`` are the keys of shorter prefixes, (tokens, key),
+    for a reader whose own tokens may differ somewhere."""
 
     address: Name
     incarnation: U64
@@ -37,6 +39,9 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     ]
     tokens: U32 = 0
     key: Annotated[bytes, Meta(max_length=MAX_KEY_BYTES)] = b""
+    marks: Annotated[
+        tuple[tuple[U32, Annotated[bytes, Meta(max_length=MAX_KEY_BYTES)]], ...], Meta(max_length=MAX_MARKS)
+    ] = ()
 
     def __repr__(self) -> str:  # capabilities stay out of logs
         owner = f"{self.incarnation:016x} at {self.address}"
@@ -53,9 +58,11 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
             raise LocalProtocolError(f"a ticket's blocks must be whole numbers in 0..2**32-1: {error}") from None
 
     def terms(self, arrays: Sequence[npt.NDArray[np.uint32]] | None = None) -> bytes:
-        """16 bytes that differ when blocks, their order, tokens or key do. ``arrays`` where they are known already."""
+        """16 bytes that differ when blocks, their order, tokens, key or marks do. ``arrays`` where known already."""
         digest = hashlib.blake2b(digest_size=TERMS_BYTES)
         digest.update(self.tokens.to_bytes(4, "little") + len(self.key).to_bytes(1, "little") + self.key)
+        for tokens, key in self.marks:
+            digest.update(tokens.to_bytes(4, "little") + len(key).to_bytes(1, "little") + key)
         for group in self.arrays() if arrays is None else arrays:
             digest.update(len(group).to_bytes(4, "little") + group.astype("<u4", copy=False).tobytes())
         return digest.digest()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pd_connector.router.app import build_app, run, serve
-from pd_connector.router.broker import AgentBroker
-from pd_connector.router.legs import Broker
+from pd_connector.router.broker import AgentBroker, Broker
 from pd_connector.router.settings import RouterSettings
 
 __all__ = ["AgentBroker", "Broker", "RouterSettings", "build_app", "run", "serve"]

@@ -24,13 +24,15 @@ from starlette.types import ASGIApp
 from pd_connector.errors import ConfigError
 from pd_connector.router.admission import Admission
 from pd_connector.router.books import KEPT, Books
+from pd_connector.router.broker import Broker
 from pd_connector.router.faults import Fault, LegFailed, Refused
-from pd_connector.router.legs import Broker
+from pd_connector.router.means import Means
 from pd_connector.router.metrics import RouterMetrics
 from pd_connector.router.order import CHAT, COMPLETIONS
 from pd_connector.router.relay import Relay, forwarded_headers
 from pd_connector.router.settings import RouterSettings
 from pd_connector.router.sse import error_body
+from pd_connector.router.turns import Turns
 from pd_connector.router.upstream import Fleet, Timeouts
 
 _HEALTH_FRESH_S = 1.0
@@ -53,7 +55,9 @@ class Router:
         self.settings = settings
         self.metrics = RouterMetrics()
         self.fleet = Fleet(prefill, decode, settings, self.metrics)
-        self._broker, self._books = broker, Books(self.metrics)
+        self._books = Books(self.metrics)
+        turns = Turns(settings.turns, settings.turn_wait_s, broker, self.metrics)
+        self._means = Means(self.fleet, settings, broker, self._books, turns)
         self._admission = Admission(settings.max_in_flight, self.metrics)
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
         self._probing = asyncio.Lock()
@@ -62,7 +66,7 @@ class Router:
 
     async def generate(self, request: Request) -> ASGIApp:
         self._authorise(request)
-        return Relay(request, self.fleet, self.settings, self._broker, self._books, self._admission)
+        return Relay(request, self._means, self._admission)
 
     async def models(self, request: Request) -> Response:
         """The model list of a decode instance; the others are asked in turn when one fails."""

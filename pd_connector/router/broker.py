@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from pd_connector.config import Config, is_loopback
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.protocol import events as ev
-from pd_connector.protocol.messages import Account
-from pd_connector.protocol.params import from_params
+from pd_connector.protocol.messages import Account, Saved
+from pd_connector.protocol.params import from_params, to_params
+from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.agent import Agent
 
 logger = logging.getLogger(__name__)
@@ -19,13 +21,43 @@ _MOST_ACCOUNTS = 2
 """Of one hand-over: P's and D's."""
 
 
+OnSaved = Callable[[bytes, dict[str, Any] | None, float, str], None]
+"""(id of the hand-over, ticket as parameters or None, seconds that it is held, why there is none)."""
+
+
+class Broker(Protocol):
+    """Our side channel to the instances: tells a prefill instance that nobody will read the blocks of a ticket, and is
+    told by both instances where the time of a hand-over went."""
+
+    def address_for(self, url: str) -> str:
+        """Where the instance behind a URL reaches us; empty when it cannot."""
+
+    def expect(self, of: bytes) -> None:
+        """Keep what instances tell about a hand-over, until ``forget``."""
+
+    def accounts(self, of: bytes) -> Sequence[Account]:
+        """What they told so far."""
+
+    def forget(self, of: bytes) -> None: ...
+
+    def listen(self, on_saved: OnSaved) -> None:
+        """Be told what decode instances keep of turns."""
+
+    async def release(self, params: dict[str, Any]) -> None:
+        """Send RELEASE for the ticket in these kv_transfer_params. Idempotent, returns within 1 s, does not raise."""
+
+    async def renounce(self, address: str, transfer: bytes) -> None:
+        """The same for the lease of a capability, granted or not yet, at the agent of that address."""
+
+
 class AgentBroker:
-    """A legs.Broker over an agent of its own, on the router's loop; ``async with AgentBroker(config) as broker``."""
+    """A Broker over an agent of its own, on the router's loop; ``async with AgentBroker(config) as broker``."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._agent = Agent(config, on_note=self._noted)
         self._accounts: dict[bytes, list[Account]] = {}
+        self._on_saved: OnSaved | None = None
 
     async def __aenter__(self) -> AgentBroker:
         self._agent.start()
@@ -64,8 +96,28 @@ class AgentBroker:
     def forget(self, of: bytes) -> None:
         self._accounts.pop(of, None)
 
+    def listen(self, on_saved: OnSaved) -> None:
+        """Be told what decode instances keep of turns."""
+        self._on_saved = on_saved
+
     def _noted(self, note: ev.Note) -> None:
-        if isinstance(note, ev.Informed):
-            known = self._accounts.get(note.account.of)
-            if known is not None and len(known) < _MOST_ACCOUNTS:
-                known.append(note.account)
+        match note:
+            case ev.Informed(Account() as account):
+                known = self._accounts.get(account.of)
+                if known is not None and len(known) < _MOST_ACCOUNTS:
+                    known.append(account)
+            case ev.Informed(Saved() as saved) if self._on_saved is not None:
+                self._on_saved(saved.of, _params_of(saved), saved.remaining_ms / 1e3, saved.reason)
+            case _:
+                pass
+
+
+def _params_of(saved: Saved) -> dict[str, Any] | None:
+    if not saved.ticket:
+        return None
+    try:
+        ticket = Ticket.from_bytes(saved.ticket)
+    except RemoteProtocolError as error:
+        logger.warning("an instance kept a turn under a ticket that is none: %s", error)
+        return None
+    return to_params(ticket, request_id="", engine_id="", tp_size=1, pp_size=1)

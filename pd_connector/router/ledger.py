@@ -48,9 +48,10 @@ class Legs:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Seconds. ``reading`` is all of D's reading, also what was hidden; ``tokens`` of the prompt: how many there were,
-    D had already, should have been loaded, were. ``missing`` names whose stamps are not in it, ``other_clocks`` whose
-    were of another host: these are put where its request was sent, so its way there counts as what follows it."""
+    """Seconds. ``reading`` is all of D's reading, also what was hidden. ``tokens`` of the prompt: how many there were,
+    D had already, should have been loaded, were, and how many P had from an earlier turn. ``missing`` names whose
+    stamps are not in it, ``other_clocks`` whose were of another host: these are put where its request was sent, so its
+    way there counts as what follows it."""
 
     wall: float
     stages: Mapping[str, float]
@@ -97,7 +98,13 @@ def settle(legs: Legs, accounts: Iterable[Account]) -> Ledger:
         stages=stages,
         unaccounted=max(wall - sum(stages.values()), 0.0),
         reading=decode.reading / 1e9,
-        tokens={"prompt": decode.prompt, "cached": decode.cached, "expected": decode.expected, "loaded": decode.loaded},
+        tokens={
+            "prompt": decode.prompt,
+            "cached": decode.cached,
+            "expected": decode.expected,
+            "loaded": decode.loaded,
+            "reused": prefill.loaded,
+        },
         missing=tuple(s for s, times in (("prefill", prefill), ("decode", decode)) if not times.arrived),
         other_clocks=tuple(others),
         spans=spans,

@@ -14,48 +14,33 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
-from pd_connector.protocol.messages import CAPABILITY_BYTES, Account
-from pd_connector.protocol.params import address_of, stream_params, transfer_params, with_report
-from pd_connector.router.books import Books
+from pd_connector.protocol.messages import CAPABILITY_BYTES
+from pd_connector.protocol.params import (
+    address_of,
+    stream_params,
+    transfer_params,
+    with_prefix,
+    with_report,
+    with_save,
+)
+from pd_connector.router.conversations import Key
 from pd_connector.router.faults import Fault, LegFailed, Refused
 from pd_connector.router.ledger import Ledger, Legs, settle
+from pd_connector.router.means import Means
 from pd_connector.router.order import Choice
 from pd_connector.router.policy import AGAIN, Mode, choose_mode
-from pd_connector.router.settings import RouterSettings
 from pd_connector.router.sse import EventSplitter, data_of, error_of
 from pd_connector.router.tracing import Trace
-from pd_connector.router.upstream import Exchange, Fleet, Side, Timeouts
+from pd_connector.router.upstream import Exchange, Side, Timeouts
 from pd_connector.runtime.clock import clock_id, stamp
 
 logger = logging.getLogger(__name__)
 
 _RELEASE_S = 2.0
-
-
-class Broker(Protocol):
-    """Our side channel to the instances: tells a prefill instance that nobody will read the blocks of a ticket, and is
-    told by both instances where the time of a hand-over went."""
-
-    def address_for(self, url: str) -> str:
-        """Where the instance behind a URL reaches us; empty when it cannot."""
-
-    def expect(self, of: bytes) -> None:
-        """Keep what instances tell about a hand-over, until ``forget``."""
-
-    def accounts(self, of: bytes) -> Sequence[Account]:
-        """What they told so far."""
-
-    def forget(self, of: bytes) -> None: ...
-
-    async def release(self, params: dict[str, Any]) -> None:
-        """Send RELEASE for the ticket in these kv_transfer_params. Idempotent, returns within 1 s, does not raise."""
-
-    async def renounce(self, address: str, transfer: bytes) -> None:
-        """The same for the lease of a capability, granted or not yet, at the agent of that address."""
 
 
 class _Attempts:
@@ -90,30 +75,23 @@ class HandOver:
     """The state of one choice. ``open`` once, then ``head`` and ``next_chunk``; ``close`` always."""
 
     def __init__(
-        self,
-        choice: Choice,
-        headers: Mapping[str, str],
-        fleet: Fleet,
-        settings: RouterSettings,
-        broker: Broker,
-        books: Books,
-        arrived: int,
+        self, choice: Choice, headers: Mapping[str, str], means: Means, keys: Sequence[Key], arrived: int
     ) -> None:
         self.head = b""
         self.prefill_name = self.decode_name = ""
         self._choice = choice
         self._trace = Trace(headers)
-        self._settings = settings
-        self._broker, self._books = broker, books
+        self._settings, self._fleet, self._broker = means.settings, means.fleet, means.broker
+        self._books, self._turns, self._keys = means.books, means.turns, keys
+        self._prefix_sought = False
         self.legs = Legs(arrived, clock_id())
-        self._metrics = fleet.prefill.metrics
-        self._fleet = fleet
+        self._metrics = means.fleet.prefill.metrics
         self._transfer = b""
         self._address: str | None = None
         self.mode: Mode | None = None
         self._stream_failed = False
-        self._prefill = _Attempts(fleet.prefill)
-        self._decode = _Attempts(fleet.decode)
+        self._prefill = _Attempts(means.fleet.prefill)
+        self._decode = _Attempts(means.fleet.decode)
         self._attempts = 1
         self._ticket: dict[str, Any] | None = None
         self._exchange: Exchange | None = None
@@ -176,6 +154,7 @@ class HandOver:
         if ledger is not None:
             self._books.enter(self._trace.headers["x-request-id"], self._choice.stream, attributes, ledger)
         self._trace.end(attributes, ledger)
+        self._turns.end(self._transfer, done=ledger is not None)
         self._broker.forget(self._transfer)
 
     async def _try(self) -> bool:
@@ -278,8 +257,11 @@ class HandOver:
             self._metrics.ticketless.inc()
 
     async def _ask_prefill(self, exchange: Exchange) -> None:
+        prefix: dict[str, Any] | None = None
         try:
             params = transfer_params(self._transfer, self.mode is not None and self.mode.streamed)
+            if (prefix := await self._prefix()) is not None:
+                params = with_prefix(params, prefix)
             body = self._choice.prefill_body(self._reported(params, exchange))
             timeouts = Timeouts(total=self._settings.prefill_s)
             self.legs.prefill_sent = stamp()
@@ -297,6 +279,20 @@ class HandOver:
             raise
         finally:
             exchange.close()
+            if prefix is not None:  # whatever became of it: a second attempt computes
+                self._begin_release(self._broker.release(prefix))
+
+    def _for_decode(self, ticket: dict[str, Any], exchange: Exchange) -> dict[str, Any]:
+        params = self._reported(ticket, exchange)
+        told = params is not ticket
+        return with_save(params) if told and self._turns.begin(self._transfer, self._keys) else params
+
+    async def _prefix(self) -> dict[str, Any] | None:
+        """What the last turn left, for the first attempt."""
+        if self._prefix_sought:
+            return None
+        self._prefix_sought = True
+        return await self._turns.take(self._keys)
 
     def _reported(self, params: dict[str, Any], exchange: Exchange) -> dict[str, Any]:
         """The instance is to tell us where the time went."""
@@ -324,7 +320,7 @@ class HandOver:
         self.decode_name = exchange.name
         started = time.monotonic()
         try:
-            body = self._choice.decode_body(ticket if ticket is None else self._reported(ticket, exchange))
+            body = self._choice.decode_body(ticket if ticket is None else self._for_decode(ticket, exchange))
             timeouts = Timeouts(silence=self._settings.decode_idle_s)
             self.legs.decode_sent = stamp()
             await exchange.ask("POST", self._choice.path, body, self._trace.headers, timeouts)
@@ -335,6 +331,7 @@ class HandOver:
                 _whole_answer(exchange, self.head)
         except BaseException:
             exchange.close()
+            self._turns.end(self._transfer, done=False)
             raise
         self._exchange = exchange
         self.legs.first_token = stamp()

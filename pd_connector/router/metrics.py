@@ -61,6 +61,13 @@ class RouterMetrics:
             ["kind"],
             registry=self.registry,
         )
+        self.turns = Counter(
+            "pdc_router_turns",
+            "Turns of conversations: kept, not_kept (a decode instance says so), read (a later turn's prefill got the "
+            "ticket), dropped (newer ones needed the room).",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.in_flight = Gauge("pdc_router_in_flight", "Choices under way.", registry=self.registry)
         self.upstream_in_flight = Gauge(
             "pdc_router_upstream_in_flight",

@@ -14,14 +14,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from pd_connector.router.admission import Admission, Slot
-from pd_connector.router.books import Books
+from pd_connector.router.conversations import Key, keys_of
 from pd_connector.router.faults import Fault, LegFailed, Refused
-from pd_connector.router.legs import Broker, HandOver
+from pd_connector.router.legs import HandOver
+from pd_connector.router.means import Means
 from pd_connector.router.merge import StreamMerge, merge_plain
 from pd_connector.router.order import Order, parse
-from pd_connector.router.settings import RouterSettings
 from pd_connector.router.sse import EventSplitter, error_body, error_event
-from pd_connector.router.upstream import Fleet
 from pd_connector.runtime.clock import stamp
 
 logger = logging.getLogger(__name__)
@@ -64,20 +63,11 @@ async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
 class Relay:
     """An ASGI application for exactly one request. Its call returns when both legs are closed and no ticket is held."""
 
-    def __init__(
-        self,
-        request: Request,
-        fleet: Fleet,
-        settings: RouterSettings,
-        broker: Broker,
-        books: Books,
-        admission: Admission,
-    ) -> None:
+    def __init__(self, request: Request, means: Means, admission: Admission) -> None:
         self._request = request
         self._path = request.url.path
-        self._fleet = fleet
-        self._settings = settings
-        self._broker, self._books = broker, books
+        self._means = means
+        self._settings = means.settings
         self._admission = admission
         self._headers = forwarded_headers(request)
         self._arrived = stamp()
@@ -108,7 +98,7 @@ class Relay:
             outcome = "failed"
             raise
         finally:
-            self._fleet.prefill.metrics.requests.labels(self._path, outcome).inc()
+            self._means.fleet.prefill.metrics.requests.labels(self._path, outcome).inc()
 
     async def _body(self) -> bytes:
         limit = self._settings.max_body_bytes
@@ -155,8 +145,9 @@ class Relay:
             await asyncio.wait({task}, timeout=_CLEAN_UP_S)
 
     async def _serve(self, order: Order) -> None:
+        keys = self._conversation(order)
         hands = [
-            HandOver(choice, self._headers_of(k), self._fleet, self._settings, self._broker, self._books, self._arrived)
+            HandOver(choice, self._headers_of(k), self._means, keys, self._arrived)
             for k, choice in enumerate(order.choices)
         ]
         try:
@@ -171,6 +162,14 @@ class Relay:
                 await self._send_body(body, more=False)
         finally:
             await asyncio.gather(*(hand.close() for hand in hands))
+
+    def _conversation(self, order: Order) -> tuple[Key, ...]:
+        """The turns that this may be the next one of. Answers of several choices are not continued."""
+        if len(order.choices) > 1:
+            return ()
+        name = self._request.headers.get("x-pdc-conversation")
+        whose = self._request.headers.get("authorization", "")
+        return keys_of(name, whose, order.choices[0].body)
 
     def _headers_of(self, k: int) -> dict[str, str]:
         # The first keeps the client's id, which the merged answer then carries; the others must differ from it.

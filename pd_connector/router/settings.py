@@ -20,6 +20,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "retries": (0, 10),
     "stream_min_tokens": (0, 1 << 30),
     "stream_max_queue": (1, 65536),
+    "turns": (0, 1 << 20),
+    "turn_wait_s": (0, 10),
     "max_in_flight": (1, 65536),
     "max_choices": (1, 1024),
     "max_body_bytes": (1024, 1 << 30),
@@ -63,6 +65,11 @@ class RouterSettings:
     stream_max_queue: int = 4
     """With this many other prefills under way at an instance its prompts go one leg after the other: they would wait at
     both."""
+    turns: int = 4096
+    """Conversations whose last turn is remembered, so that the next one's prefill reads what a decode instance keeps of
+    it (there, ``pool_bytes``); 0 for none."""
+    turn_wait_s: float = 0.5
+    """How long a turn that follows at once waits for what the last one leaves."""
     drain_s: int = 30
     """At shutdown, how long requests in flight may still run."""
     retries: int = 2

@@ -20,7 +20,7 @@ from pd_connector.memory import MemoryKind, Region, order_grids
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
-from pd_connector.protocol.messages import CAPABILITY_BYTES, Account, Endpoint
+from pd_connector.protocol.messages import CAPABILITY_BYTES, Account, Endpoint, Saved
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.arguments import (
     block_groups,
@@ -431,11 +431,11 @@ class Agent:
         """Expect it no more; ``renounce``: also tell the owner that nobody will read under it, now or later."""
         self._feed(ev.Disclaim(address, capability, renounce))
 
-    def inform(self, address: str, account: Account) -> None:
+    def inform(self, address: str, message: Account | Saved) -> None:
         """Tell the agent at ``address``, whose listener gets an Informed note. Raises LocalProtocolError."""
         self._check_open()
         check_address(address)
-        self._feed(ev.Inform(address, account))
+        self._feed(ev.Inform(address, message))
 
     def keep(self, ticket: Ticket) -> None:
         """Renew a ticket's lease until ``drop``, a pull's end is up to the caller. TicketLost tells when it is over."""

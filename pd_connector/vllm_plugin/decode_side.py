@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.protocol import events as ev
-from pd_connector.protocol.params import from_params, stream_of
+from pd_connector.protocol.params import from_params, prefix_of, stream_of
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.vllm_plugin.metadata import Load
 from pd_connector.vllm_plugin.side import STATES, Side, state_blocks
@@ -22,11 +22,14 @@ _LOADS_NOTHING = "kv_role kv_producer loads nothing; use kv_consumer or kv_both"
 
 @dataclass
 class Hope:
-    """A decode request that was handed over and may load its prompt's KV: the one attempt it has. ``problem`` says why
-    its ticket, if it has one at all, cannot serve. One that was sent along with its prefill has a ``stream`` (address,
-    capability) instead, and ``waits`` until that is scheduled and there is a ticket."""
+    """A request that may load its prompt's KV: the one attempt it has. ``problem`` says why its ticket, if it has one,
+    cannot serve; otherwise ``tokens`` of it do. A decode request that was sent along with its prefill has a ``stream``
+    (address, capability) instead, and ``waits`` until that is scheduled and there is a ticket. A prefill may have the
+    ticket of a ``prefix``, from the conversation's last turn."""
 
     ticket: Ticket | None = None
+    tokens: int = 0
+    prefix: bool = False
     stream: tuple[str, bytes] | None = None
     waits: bool = False
     promised: ev.Promised | None = None
@@ -59,10 +62,12 @@ class DecodeSide:
     def _hope(self, request: Any) -> Hope | None:
         """What a request may load, looked at once; None when it was not handed over."""
         params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
+        if not params or not (params.get("do_remote_prefill") or params.get("do_remote_decode")):
             return None
         if (known := self._hopes.get(request.request_id)) is not None:
             return known
+        if not params.get("do_remote_prefill"):
+            return self._prefix_hope(request, params)
         hope = self._hopes[request.request_id] = Hope(stream=stream_of(params))
         if hope.stream is not None:
             hope.waits = self._side.consumes
@@ -80,8 +85,26 @@ class DecodeSide:
         self._look_at(request, hope, hope.ticket)
         return hope
 
+    def _prefix_hope(self, request: Any, params: Mapping[str, Any]) -> Hope | None:
+        """What a prefill may load of its prompt instead of computing it."""
+        found = prefix_of(params)
+        if found is None:
+            return None
+        hope = self._hopes[request.request_id] = Hope(prefix=True)
+        try:
+            hope.ticket = from_params(found)
+        except RemoteProtocolError as error:
+            self._decline(request, hope, "prefixes_unusable", str(error))
+        else:
+            self._look_at(request, hope, hope.ticket)
+        return hope
+
     def _look_at(self, request: Any, hope: Hope, ticket: Ticket) -> None:
-        if (problem := self._problem(request, ticket)) is not None:
+        if hope.prefix:
+            hope.tokens, problem = self._usable_prefix(request, ticket)
+        else:
+            hope.tokens, problem = ticket.tokens, self._problem(request, ticket)
+        if problem is not None:
             self._decline(request, hope, *problem)
             self._side.portal.post(self._release, ticket)
 
@@ -132,11 +155,26 @@ class DecodeSide:
             )
         return None
 
+    def _usable_prefix(self, request: Any, ticket: Ticket) -> tuple[int, tuple[str, str] | None]:
+        """(how many tokens a prefill may load, (counter, words) why none)."""
+        if not self._side.consumes:
+            return 0, ("wrong_role", _LOADS_NOTHING)
+        prompt = request.prompt_token_ids
+        if prompt is None or any(self._side.late) or len(ticket.blocks) != len(self._side.groups):
+            return 0, ("prefixes_unusable", "this prompt, or model, cannot be continued from another instance's KV")
+        marks = sorted(mark for mark in (*ticket.marks, (ticket.tokens, ticket.key)) if 0 < mark[0] <= len(prompt))
+        ours = self._side.keys(request, prompt, [tokens for tokens, _ in marks])
+        tokens = max((tokens for (tokens, key), mine in zip(marks, ours, strict=True) if key == mine), default=0)
+        if tokens < ticket.tokens:
+            # A packed block is read as a whole: only the ticket's own end may lie within one.
+            tokens -= tokens % max(self._side.block_tokens)
+        return tokens, None if tokens else ("key_mismatches", "the prefix is of other tokens, LoRA, salt or media")
+
     def _decline(self, request: Any, hope: Hope, counter: str, why: str) -> None:
         """The ticket cannot serve: compute the prompt here, or, if that must not happen silently, let the load fail."""
         self._side.counters[counter] += 1
         hope.problem = why
-        outcome = "fails" if self._side.config.strict else "computes its prompt here"
+        outcome = "fails" if self._side.config.strict and not hope.prefix else "computes its prompt here"
         logger.warning("request %s %s: %s", request.request_id, outcome, why)
 
     def matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
@@ -166,9 +204,9 @@ class DecodeSide:
         missing = request.num_prompt_tokens - computed
         if hope.problem:
             # The last prompt token would be computed here in any case.
-            return (missing, True) if self._side.config.strict and missing > 1 else (0, False)
+            return (missing, True) if self._side.config.strict and missing > 1 and not hope.prefix else (0, False)
         assert hope.ticket is not None, "without one there is a problem"
-        count = hope.ticket.tokens - computed
+        count = hope.tokens - computed
         # Loading the last prompt token alone would be loading for nothing.
         if count <= 0 or count == missing == 1:
             return 0, False
@@ -180,8 +218,7 @@ class DecodeSide:
         if hope is None or hope.attempted:
             return
         hope.attempted = True
-        held = 0 if hope.ticket is None else hope.ticket.tokens
-        self._side.accounts.ordered(request.request_id, max(held - external_tokens, 0), external_tokens)
+        self._side.accounts.ordered(request.request_id, max(hope.tokens - external_tokens, 0), external_tokens)
         if not external_tokens:
             if not hope.problem and hope.ticket is not None:
                 self._side.counters["tickets_not_needed"] += 1
@@ -189,7 +226,7 @@ class DecodeSide:
             return
         hope.loading = True
         ids = blocks.get_block_ids()
-        tokens = request.num_prompt_tokens if hope.problem or hope.ticket is None else hope.ticket.tokens
+        tokens = request.num_prompt_tokens if hope.problem else hope.tokens
         wanted = [
             (state_blocks(ids[group]), (0, 1)) if state else _wanted(ids[group], size, tokens - external_tokens, tokens)
             for group, size, state in zip(self._side.groups, self._side.block_tokens, self._side.states, strict=True)
@@ -224,7 +261,11 @@ class DecodeSide:
     def scheduled(self, output: Any) -> None:
         """Count what is computed although it was handed over; the last prompt token always is."""
         for new in output.scheduled_new_reqs:
-            if new.req_id in self._hopes and new.prompt_token_ids is not None:
+            if (
+                (hope := self._hopes.get(new.req_id)) is not None
+                and not hope.prefix
+                and new.prompt_token_ids is not None
+            ):
                 missing = len(new.prompt_token_ids) - 1 - int(new.num_computed_tokens)
                 self._side.counters["tokens_recomputed"] += max(missing, 0)
 

@@ -17,6 +17,26 @@ class Handshake(KVConnectorHandshakeMetadata):
     address: str
     incarnation: int
     layout: KVLayout
+    pool: PoolHandshake | None = None
+
+
+@dataclass(frozen=True)
+class PoolHandshake:
+    """The same of a worker's host pool, which has ``slots``: each takes one block of every KV cache group."""
+
+    address: str
+    incarnation: int
+    layout: KVLayout
+    slots: int
+
+
+@dataclass(frozen=True)
+class Save:
+    """Copy the blocks of the ticket ``source``, which are this rank's own, into the host pool's slots that ``target``
+    names, and lease those."""
+
+    source: Ticket
+    target: Ticket
 
 
 @dataclass
@@ -62,6 +82,9 @@ class StepOrders(KVConnectorMetadata):
     computing: list[Growth] = field(default_factory=list)
     completes: list[str] = field(default_factory=list)
     """Prefills whose prompt is computed when this step is."""
+    saves: list[Save] = field(default_factory=list)
+    pool_ends: list[tuple[int, str]] = field(default_factory=list)
+    """(lease of the host pool, reason); before ``saves``, which may use the same slots."""
     closes: list[int] = field(default_factory=list)
     """Growing leases whose request has ended: its blocks are free when the lease ends, or has ended."""
     drops: list[int] = field(default_factory=list)

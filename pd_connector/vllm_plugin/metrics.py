@@ -58,7 +58,8 @@ class Transferred:
 
 class PDStats(KVConnectorStats):
     """``data``: counters (increments), transfers (a list of plain dicts), gauges (per worker rank, last values), stages
-    ((name, seconds) of a request), and from workers forwards ((request, stamp of its end)) with the clock of stamps."""
+    ((name, seconds) of a request); for our scheduler side, forwards ((request, stamp of its end)) with the clock of
+    stamps and saves ((lease of the host pool, is it there?))."""
 
     data: dict[str, Any]
 
@@ -71,6 +72,7 @@ class PDStats(KVConnectorStats):
         gauges: Mapping[str, Mapping[str, int]] | None = None,
         stages: Sequence[tuple[str, float]] = (),
         forwards: Sequence[tuple[str, int]] = (),
+        saves: Sequence[tuple[int, bool]] = (),
     ) -> PDStats:
         return cls(
             data={
@@ -79,6 +81,7 @@ class PDStats(KVConnectorStats):
                 "gauges": {rank: dict(values) for rank, values in (gauges or {}).items()},
                 "stages": [list(each) for each in stages],
                 "forwards": [list(each) for each in forwards],
+                "saves": [list(each) for each in saves],
                 "clock": clock_id(),
             }
         )
@@ -91,12 +94,16 @@ class PDStats(KVConnectorStats):
         forwards, self.data["forwards"] = self.data.get("forwards", []), []
         return self.data.get("clock", ""), forwards, self.data.get("transfers", [])
 
+    def take_saves(self) -> list[tuple[int, bool]]:
+        saves, self.data["saves"] = self.data.get("saves", []), []
+        return [(number, done) for number, done in saves]
+
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         if not self.data:
             self.reset()
         if other.data:
             self.data["counters"] = dict(Tally(self.data["counters"]) + Tally(other.data["counters"]))
-            for key in ("transfers", "stages", "forwards"):
+            for key in ("transfers", "stages", "forwards", "saves"):
                 self.data[key] = [*self.data[key], *other.data[key]]
             self.data["gauges"] = {**self.data["gauges"], **other.data["gauges"]}
         return self
@@ -118,7 +125,7 @@ class PDStats(KVConnectorStats):
         }
 
     def is_empty(self) -> bool:
-        return not any(self.data.get(key) for key in ("counters", "transfers", "gauges", "stages", "forwards"))
+        return not any(self.data.get(key) for key in ("counters", "transfers", "gauges", "stages", "forwards", "saves"))
 
 
 class PDPromMetrics(KVConnectorPromMetrics):

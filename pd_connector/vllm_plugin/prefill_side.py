@@ -101,10 +101,13 @@ class PrefillSide:
             engines=self._sizes[2],
         )
 
-    def _number(self, ticket: Ticket) -> Ticket:
-        """Right before it is granted: numbers ascend in that order."""
+    def new_lease(self) -> int:
+        """A number for what is granted right afterwards: they ascend in that order."""
         self._last_lease += 1
-        return replace(ticket, lease=self._last_lease)
+        return self._last_lease
+
+    def _number(self, ticket: Ticket) -> Ticket:
+        return replace(ticket, lease=self.new_lease())
 
     def _new_ticket(self, request: Any, tokens: int, blocks: tuple[tuple[int, ...], ...]) -> Ticket:
         """Under the capability that the broker chose, or a new one; it has no number yet."""

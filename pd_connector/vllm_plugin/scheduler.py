@@ -19,6 +19,7 @@ from pd_connector.vllm_plugin.metadata import Handshake, StepOrders
 from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats
 from pd_connector.vllm_plugin.prefill_side import PrefillSide
 from pd_connector.vllm_plugin.side import Side
+from pd_connector.vllm_plugin.turn_side import TurnSide
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class PDScheduler:
         self.decode = DecodeSide(self.side)
         sizes = self._tensor_parallel, int(parallel.pipeline_parallel_size), int(parallel.data_parallel_size)
         self.prefill = PrefillSide(self.side, sizes)
+        self.turns = TurnSide(self.side, self.prefill.new_lease)
         self._empty_steps = 0
         self._steps_in_flight = compat.steps_in_flight(vllm_config)
         self._next_look = 0.0
@@ -51,6 +53,7 @@ class PDScheduler:
             for (stage, rank), shake in sorted(handshakes.items())
         ]
         self.side.portal.call(self.side.agent.speak_for, ranks)
+        self.turns.set_pools([shake.pool for _, shake in sorted(handshakes.items()) if shake.pool is not None])
         self.side.orders.instance = tuple(rank.layout for rank in ranks)
 
     def on_new_request(self, request: Any) -> None:
@@ -70,7 +73,8 @@ class PDScheduler:
         """A request ended: (delay the free?, ticket)."""
         self.decode.finished(request)
         self.side.accounts.finished(request.request_id)
-        return self.prefill.finished(request, block_ids)
+        delay, ticket = self.prefill.finished(request, block_ids)
+        return delay or self.turns.finished(request, block_ids), ticket
 
     def orders(self, output: Any) -> StepOrders:
         """What the workers are to do in the step that was just scheduled."""
@@ -85,6 +89,7 @@ class PDScheduler:
         return orders
 
     def _take_notes(self) -> None:
+        self.turns.take_notes()
         while self._notes:
             note = self._notes.popleft()
             self.prefill.noted(note)
@@ -94,6 +99,8 @@ class PDScheduler:
         measured = output.kv_connector_stats
         if measured is not None:
             self.side.accounts.measured(*measured.take_stamps())
+            for number, done in measured.take_saves():
+                self.turns.saved(number, done)
         self.decode.loaded(output.finished_recving or set())
         self.prefill.ended(output.finished_sending or set())
 
@@ -119,6 +126,7 @@ class PDScheduler:
             return
         self._closed = True
         try:
+            self.turns.close()
             self.side.portal.run(self.side.agent.close(), timeout=10)
         finally:
             self.side.portal.close()

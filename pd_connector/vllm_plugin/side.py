@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from pd_connector.cache.prefix import extend_key, root_key
+from pd_connector.cache.prefix import extend_key, prefix_keys, root_key
 from pd_connector.errors import ConfigError
 from pd_connector.protocol import events as ev
 from pd_connector.runtime.agent import Agent
@@ -53,10 +53,19 @@ class Side:
 
     def key(self, request: Any, tokens: int) -> bytes:
         """The canonical prefix key of the first ``tokens`` tokens of a request's prompt."""
+        return self.keys(request, request.prompt_token_ids, (tokens,))[0]
+
+    def keys(self, request: Any, tokens: Sequence[int], counts: Sequence[int]) -> list[bytes]:
+        """Those of several prefixes, ascending, of a request's ``tokens``."""
+        roots = [self._root(request, count) for count in counts]
+        if len(set(roots)) == 1:
+            return prefix_keys(roots[0], tokens[: counts[-1]], counts)
+        return [extend_key(root, tokens[:count]) for root, count in zip(roots, counts, strict=True)]
+
+    def _root(self, request: Any, tokens: int) -> bytes:
         lora = request.lora_request.lora_name if request.lora_request is not None else ""
         media = tuple(item for item in compat.media_of(request) if item[0] < tokens)
-        root = root_key(model=self.model, salt=request.cache_salt or "", lora=lora, media=media)
-        return extend_key(root, request.prompt_token_ids[:tokens])
+        return root_key(model=self.model, salt=request.cache_salt or "", lora=lora, media=media)
 
 
 def state_blocks(ids: Sequence[int]) -> list[int]:

@@ -18,9 +18,10 @@ from pd_connector.runtime.clock import stamp
 from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.identity import describe_caches, model_identity
-from pd_connector.vllm_plugin.metadata import Growth, Handshake, Load, StepOrders
+from pd_connector.vllm_plugin.metadata import Growth, Handshake, Load, Save, StepOrders
 from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats, Transferred
 from pd_connector.vllm_plugin.settings import worker_config
+from pd_connector.vllm_plugin.turn_pool import TurnPool
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class _Lease:
     request_id: str
     epoch: int
     open: bool
+    saving: bool = False
+    """Its blocks are being copied to the host pool: they are the engine's when both is over."""
     ended: bool = False
 
 
@@ -74,6 +77,9 @@ class PDWorker:
         self._transferred: deque[Transferred] = deque()
         self._wake = threading.Event()
         self._idle = False
+        self._pool: TurnPool | None = None
+        self._saving: dict[int, int] = {}
+        self._saves: deque[tuple[int, bool]] = deque()
         self._forwards: list[tuple[str, int]] = []
         self._numbers: dict[str, int] = {}
         self._waiting = False
@@ -94,6 +100,10 @@ class PDWorker:
         self._agent.identify(self._config.model or model_identity(self._vllm_config.model_config))
         self._portal.call(self._agent.start)
         self._portal.call(self._agent.register, regions, layout, timeout=60)
+        if self._config.pool_bytes:
+            name, model = f"{engine_id}/{self._rank}/pool", self._agent.core.identity.model
+            self._pool = TurnPool(self._config, name, model, regions, layout, self._saved)
+            self._portal.call(self._pool.start, timeout=60)
         size = sum(region.length for region in regions)
         logger.info(
             "PDConnector: rank %d registered %d bytes in %d regions, layout %s (%s), transports %s",
@@ -104,7 +114,8 @@ class PDWorker:
         if self._agent is None:
             return None
         me = self._agent.endpoint(self._rank)
-        return Handshake(me.address, me.incarnation, me.layout)
+        pool = None if self._pool is None else self._pool.handshake()
+        return Handshake(me.address, me.incarnation, me.layout, pool)
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +128,10 @@ class PDWorker:
             self._portal.call(self._agent.belong_to, orders.instance)
         if orders.ends:
             self._portal.call(self._end, orders.ends, timeout=_ORDER_SECONDS)
-        if any((orders.grants, orders.ready, orders.closes, orders.drops, orders.extends, orders.aborts, orders.loads)):
+        if orders.pool_ends and self._pool is not None:
+            self._portal.call(self._pool.end, orders.pool_ends, timeout=_ORDER_SECONDS)
+        o = orders
+        if any((o.grants, o.saves, o.ready, o.closes, o.drops, o.extends, o.aborts, o.loads)):
             self._portal.post(self._carry_out, orders)
         self._waiting = orders.waiting
 
@@ -139,6 +153,8 @@ class PDWorker:
         assert self._agent is not None
         for request_id, ticket, grows in orders.grants:
             self._grant(request_id, ticket, grows)
+        for save in orders.saves:
+            self._save(save)
         # A release may overtake its grant: then its end was applied, to nothing, before this.
         self._end(orders.ends)
         self._grow(orders.ready)
@@ -162,6 +178,26 @@ class PDWorker:
         except LocalProtocolError as error:
             logger.warning("request %s cannot be handed over: %s", request_id, error)
             self._lease_ended(ticket.lease)
+
+    def _save(self, save: Save) -> None:
+        assert self._agent is not None
+        lease, number = self._leases.get(save.source.lease), save.target.lease
+        if lease is None or self._pool is None:
+            self._saves.append((number, False))
+            return
+        lease.saving = True
+        self._saving[number] = save.source.lease
+        self._pool.save(save, self._agent)
+
+    def _saved(self, number: int, done: bool) -> None:
+        assert self._agent is not None
+        source = self._saving.pop(number)
+        self._saves.append((number, done))
+        self._leases[source].saving = False
+        if self._leases[source].ended:
+            self._lease_ended(source)
+        else:
+            self._agent.end(source, "it was not copied")
 
     def _grow(self, growths: list[Growth]) -> None:
         assert self._agent is not None
@@ -187,7 +223,7 @@ class PDWorker:
         if lease is None:
             return
         lease.ended = True
-        if not lease.open:
+        if not lease.open and not lease.saving:
             del self._leases[number]
             self._look()
             self._ended.append(_Ended(lease.request_id))
@@ -283,10 +319,13 @@ class PDWorker:
             self._next_look = now + LOOK_SECONDS
             self._portal.post(self._look)
         forwards, self._forwards = self._forwards, []
-        if not delta and not transfers and not forwards and gauges == self._seen[1]:
+        saves = [self._saves.popleft() for _ in range(len(self._saves))]
+        if not delta and not transfers and not forwards and not saves and gauges == self._seen[1]:
             return None
         self._seen = (counters, gauges)
-        return PDStats.of(counters=delta, transfers=transfers, gauges={str(self._rank): gauges}, forwards=forwards)
+        return PDStats.of(
+            counters=delta, transfers=transfers, gauges={str(self._rank): gauges}, forwards=forwards, saves=saves
+        )
 
     def shutdown(self) -> None:
         """Let readers of our leases finish, within ``drain_seconds``, then close."""
@@ -295,6 +334,8 @@ class PDWorker:
         try:
             self._portal.run(self._agent.drain(), timeout=self._config.drain_seconds + 5)
             self._portal.run(self._agent.close(), timeout=30)
+            if self._pool is not None:
+                self._portal.run(self._pool.agent.close(), timeout=30)
         finally:
             self._portal.close()
             self._portal = None

@@ -57,3 +57,12 @@ def engine(model: Path, ranks: None) -> Iterator[Callable[..., Any]]:
     yield start
     for made in started:
         made.shutdown()
+
+
+@pytest.fixture
+def listener() -> Iterator[Any]:
+    from .listener import Listener
+
+    listener = Listener()
+    yield listener
+    listener.close()

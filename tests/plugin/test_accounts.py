@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from pd_connector.protocol import events as ev
-from pd_connector.protocol.messages import Account, DecodeTimes, PrefillTimes
+from pd_connector.protocol.messages import DecodeTimes, PrefillTimes
 from pd_connector.protocol.params import stream_params, transfer_params, with_report
-from pd_connector.runtime.agent import Agent
 from pd_connector.runtime.clock import clock_id, stamp
-from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import metrics
 
 from .engine import BLOCK, reference
+from .listener import Listener
 from .pair import PREFILL, Pair, words
 
 OF = bytes(range(16))
-
-
-class Listener:
-    """A router's agent, that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[Account] = []
-        self._portal = Portal("listener")
-        self._agent = Agent(on_note=self._noted)
-        self._portal.call(self._agent.start)
-        self.address = self._agent.address
-
-    def _noted(self, note: ev.Note) -> None:
-        if isinstance(note, ev.Informed):
-            self.told.append(note.account)
-
-    def times(self, kind: type[Any]) -> Any:
-        (found,) = (account.times for account in self.told if isinstance(account.times, kind))
-        return found
-
-    def close(self) -> None:
-        self._portal.run(self._agent.close(), timeout=10)
-        self._portal.close()
-
-
-@pytest.fixture
-def listener() -> Iterator[Listener]:
-    listener = Listener()
-    yield listener
-    listener.close()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import uvicorn
 
 from pd_connector.protocol.messages import Account
 from pd_connector.router import RouterSettings, build_app
+from pd_connector.router.broker import OnSaved
 
 from . import upstreams
 from .upstreams import Instance
@@ -27,6 +28,7 @@ class RecordingBroker:
 
     def __init__(self) -> None:
         self.address = ""
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.open: set[bytes] = set()
         self.told: dict[bytes, list[Account]] = {}
         self.released: list[dict[str, Any]] = []
@@ -36,8 +38,12 @@ class RecordingBroker:
     def address_for(self, url: str) -> str:
         return self.address
 
+    def listen(self, on_saved: OnSaved) -> None:
+        self.saved = on_saved
+
     def expect(self, of: bytes) -> None:
         self.open.add(of)
+        self.loop = asyncio.get_running_loop()
 
     def accounts(self, of: bytes) -> list[Account]:
         assert of in self.open
@@ -90,6 +96,11 @@ class World:
         await eventually(lambda: self.server is not None and self.server.started)
         self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20))
         return self
+
+    def server_call(self, function: Callable[[], None]) -> None:
+        """On the router's own loop, as what its agent notes."""
+        assert self.broker.loop is not None
+        self.broker.loop.call_soon_threadsafe(function)
 
     async def stop(self) -> None:
         if self.session is not None:

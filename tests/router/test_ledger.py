@@ -68,7 +68,7 @@ def test_one_leg_after_the_other() -> None:
     assert found.wall == pytest.approx(0.1)
     assert found.unaccounted == pytest.approx(0)
     assert (found.reading, found.missing, found.other_clocks) == (0.009, (), ())
-    assert found.tokens == {"prompt": 50, "cached": 10, "expected": 40, "loaded": 39}
+    assert found.tokens == {"prompt": 50, "cached": 10, "expected": 40, "loaded": 39, "reused": 0}
 
 
 def test_reading_along_hides_behind_the_prefill() -> None:

@@ -172,6 +172,9 @@ class Broker:
     def address_for(self, url):
         return ""
 
+    def listen(self, on_saved):
+        pass
+
     def expect(self, of):
         pass
 

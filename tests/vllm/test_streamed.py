@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from serving import BLOCK, Answer, Both, Gauge, Held, ask, body, prompt_of, same, until
+from serving import BLOCK, LOGPROBS, Answer, Both, Gauge, Held, ask, body, prompt_of, same, until
 
 from pd_connector.demo.instance import Instance, free_port, vllm_instance
 from pd_connector.demo.model import ModelShape, build_model
@@ -65,12 +66,12 @@ def servers_along(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     common = ("--num-gpu-blocks-override", "32", "--max-model-len", "3072", "--max-num-seqs", "16")
     common = (*common, "--max-num-batched-tokens", str(CHUNK))
     p = vllm_instance(
-        "P", model, directory / "P.log", role="kv_producer", core=0, extra={"port": port, "lease_seconds": 6.0},
-        arguments=common,
+        "P", model, directory / "P.log", role="kv_both", core=0,
+        extra={"port": port, "lease_seconds": 6.0, "audit": True}, arguments=(*common, "--no-enable-prefix-caching"),
     )  # fmt: skip
     d = vllm_instance(
-        "D", model, directory / "D.log", role="kv_consumer", core=1, policy="recompute", extra={"audit": True},
-        arguments=common,
+        "D", model, directory / "D.log", role="kv_consumer", core=1, policy="recompute",
+        extra={"audit": True, "pool_bytes": 512 << 20}, arguments=common,
     )  # fmt: skip
     pair = Pair(p, d, f"tcp://127.0.0.1:{port}")
     for server in (p, d):
@@ -128,6 +129,13 @@ def router_before(pair: Pair, directory: Path) -> Iterator[Instance]:
         router.stop()
 
 
+def send(server: Instance, path: str, asked: dict[str, Any], **headers: str) -> bytes:
+    data = json.dumps(asked).encode()
+    request = urllib.request.Request(server.url + path, data, {"content-type": "application/json", **headers})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return bytes(answer.read())
+
+
 def test_through_the_router(along: Pair, tmp_path: Path) -> None:
     """It learns P's address from the first answer, and streams from then on."""
     with router_before(along, tmp_path) as router:
@@ -151,10 +159,7 @@ def test_the_ledger_of_a_hundred_requests(along: Pair, tmp_path: Path) -> None:
 
         def request(number: int) -> None:
             prompt = prompt_of(lengths[number], seed=f"ledger {number}")
-            data = json.dumps(body(prompt, 2, stream=number % 3 != 0)).encode()
-            asked = urllib.request.Request(router.url + "/v1/completions", data, {"content-type": "application/json"})
-            with urllib.request.urlopen(asked, timeout=120) as answer:
-                answer.read()
+            send(router, "/v1/completions", body(prompt, 2, stream=number % 3 != 0))
 
         for waiting in [pool.submit(request, number) for number in range(100)]:
             waiting.result(timeout=120)
@@ -178,6 +183,37 @@ def test_the_ledger_of_a_hundred_requests(along: Pair, tmp_path: Path) -> None:
     assert {ledger["hand_over"].partition(":")[0] for ledger in ledgers} == {"sequential", "streamed"}
     assert "median" in shown.stdout
     assert (tmp_path / "ledger.png").stat().st_size > 1000
+    along.free()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_second_turn_is_read_from_the_decode_instance(along: Pair, tmp_path: Path, chat: bool) -> None:
+    """P has no prefix cache. It reads what D kept of the first turn, and hands all of it over again."""
+    prompt = prompt_of(PROMPT - 500, seed=f"turns {chat}")
+    p, d = Gauge(along.p), Gauge(along.d)
+    with router_before(along, tmp_path) as router:
+        history: list[dict[str, str]] = []
+        for turn in range(2):
+            if chat:
+                history.append({"role": "user", "content": " ".join(map(str, prompt[: 20 if turn else 300]))})
+                told = {"model": "demo", "messages": history, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+                got = json.loads(send(router, "/v1/chat/completions", told))
+                history.append({"role": "assistant", "content": got["choices"][0]["message"]["content"]})
+            else:
+                got = send(router, "/v1/completions", body(prompt, 6, **LOGPROBS), **{"x-pdc-conversation": "talk"})
+                answer = Answer.of(json.loads(got))
+                whole, prompt = prompt, [*prompt, *answer.tokens, *prompt_of(100, seed=f"next {turn}")]
+        until(lambda: len(fetch(router.url, 1000, None)) == 2, 10)
+        first, second = (ledger["tokens"] for ledger in fetch(router.url, 1000, None))
+    assert first["reused"] == 0
+    assert second["reused"] >= 0.9 * first["prompt"], second
+    assert (second["loaded"], second["prompt"]) == (second["expected"], second["loaded"] + second["cached"])
+    assert second["cached"] < second["reused"] or not chat
+    p.wait(5, transfers_done=1)
+    d.wait(5, turns_kept=2, tokens_recomputed=0)
+    assert p.since("pdc_audit_digests_compared_total") == -(-second["reused"] // BLOCK) * SLOW.layers
+    if not chat:
+        same(answer, along.plain(whole))
     along.free()
 
 
