@@ -186,34 +186,47 @@ def test_the_ledger_of_a_hundred_requests(along: Pair, tmp_path: Path) -> None:
     along.free()
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_the_second_turn_is_read_from_the_decode_instance(along: Pair, tmp_path: Path, chat: bool) -> None:
-    """P has no prefix cache. It reads what D kept of the first turn, and hands all of it over again."""
-    prompt = prompt_of(PROMPT - 500, seed=f"turns {chat}")
-    p, d = Gauge(along.p), Gauge(along.d)
+def likeliest(pair: Pair, prompt: list[int]) -> set[int]:
+    """The five likeliest first tokens, computed by D alone."""
+    asked = body(prompt, 1, logprobs=5, return_tokens_as_token_ids=True, cache_salt=f"plain {time.monotonic()}")
+    (found,) = pair.d.post("/v1/completions", asked)["choices"][0]["logprobs"]["top_logprobs"]
+    return {int(token.removeprefix("token_id:")) for token in found}
+
+
+@pytest.mark.parametrize("kind", ["continued", "edited", "chat"])
+def test_the_second_turn_is_read_from_the_decode_instance(along: Pair, tmp_path: Path, kind: str) -> None:
+    """P has no prefix cache. It reads what D kept of the first turn, and hands all of it over again. What D's decode
+    kernels computed differs a little from what a prefill computes, so a turn that goes on behind the answer is compared
+    with the five likeliest tokens; one whose end the client edited reads what was prefilled, and must be equal."""
+    prompt = prompt_of(PROMPT - 500, seed=f"turns {kind}")
+    p, d, history = Gauge(along.p), Gauge(along.d), []
     with router_before(along, tmp_path) as router:
-        history: list[dict[str, str]] = []
         for turn in range(2):
-            if chat:
+            if kind == "chat":
                 history.append({"role": "user", "content": " ".join(map(str, prompt[: 20 if turn else 300]))})
                 told = {"model": "demo", "messages": history, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
                 got = json.loads(send(router, "/v1/chat/completions", told))
                 history.append({"role": "assistant", "content": got["choices"][0]["message"]["content"]})
-            else:
-                got = send(router, "/v1/completions", body(prompt, 6, **LOGPROBS), **{"x-pdc-conversation": "talk"})
-                answer = Answer.of(json.loads(got))
-                whole, prompt = prompt, [*prompt, *answer.tokens, *prompt_of(100, seed=f"next {turn}")]
+                continue
+            got = json.loads(
+                send(router, "/v1/completions", body(prompt, 6, **LOGPROBS), **{"x-pdc-conversation": "talk"})
+            )
+            answer, asked = Answer.of(got), prompt
+            prompt = [*prompt, *answer.tokens] if kind == "continued" else prompt[:-5]
+            prompt += prompt_of(100, seed=f"next {turn}")
         until(lambda: len(fetch(router.url, 1000, None)) == 2, 10)
         first, second = (ledger["tokens"] for ledger in fetch(router.url, 1000, None))
     assert first["reused"] == 0
     assert second["reused"] >= 0.9 * first["prompt"], second
-    assert (second["loaded"], second["prompt"]) == (second["expected"], second["loaded"] + second["cached"])
-    assert second["cached"] < second["reused"] or not chat
+    assert second["loaded"] == second["expected"] == second["prompt"] - second["cached"]
     p.wait(5, transfers_done=1)
     d.wait(5, turns_kept=2, tokens_recomputed=0)
     assert p.since("pdc_audit_digests_compared_total") == -(-second["reused"] // BLOCK) * SLOW.layers
-    if not chat:
-        same(answer, along.plain(whole))
+    if kind == "edited":
+        assert answer.tokens == along.plain(asked).tokens
+    elif kind == "continued":
+        assert second["reused"] == first["prompt"] + 5
+        assert answer.tokens[0] in likeliest(along, asked)
     along.free()
 
 
