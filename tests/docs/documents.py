@@ -122,9 +122,9 @@ def _words(kind: Any) -> tuple[str, str]:
             (k, keys), (v, values) = _words(key), _words(value)
             return f"map of {k} to {v}", f"{_length(kind, 'entries')}; keys {keys}; values {values}"
         case mi.UnionType(types=types):
-            (one,) = (each for each in types if not isinstance(each, mi.NoneType))
-            inner, bound = _words(one)
-            return f"{inner} or nil", bound
+            named = [_words(each) for each in types if not isinstance(each, mi.NoneType)]
+            nil = ["nil"] if len(named) < len(types) else []
+            return " or ".join([inner for inner, _ in named] + nil), "; ".join(filter(None, (b for _, b in named)))
     raise AssertionError(f"no words for {kind}")
 
 

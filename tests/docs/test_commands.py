@@ -75,6 +75,7 @@ NOT_RUN: list[tuple[str, str]] = [
     (r"pdc router --prefill .*", "serves until it is stopped: tests/router and tests/demo start it"),
     (r"pdc doctor --serve( --config \S+)?", "serves until it is stopped: tests/runtime/test_doctor.py starts it"),
     (r"pdc doctor tcp://\S+( --config \S+)?", "needs a peer: tests/runtime/test_doctor.py has some"),
+    (r"pdc ledger http://\S+", "needs a router with requests behind it: tests/vllm/test_streamed.py has one"),
     (r"curl http://127\.0\.0\.1:8000/v1/completions .*", "needs the servers: tests/demo sends such requests"),
     (r"curl -s http://127\.0\.0\.1:8200/metrics .*", "needs the servers: tests/demo reads the same page"),
 ]
@@ -111,7 +112,7 @@ def test_make_knows_it(text: str) -> None:
     make(shlex.split(text)[1:], "-n")
 
 
-@pytest.mark.parametrize("text", [*unique("pdc router"), *unique("pdc doctor")])
+@pytest.mark.parametrize("text", [*unique("pdc router"), *unique("pdc doctor"), *unique("pdc ledger")])
 def test_options_parse(text: str) -> None:
     _parser().parse_args(shlex.split(text)[1:])
 

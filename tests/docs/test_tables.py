@@ -32,7 +32,15 @@ MESSAGES: dict[str, type[messages.Message]] = {
 }
 STRUCTS = {
     kind.__name__: kind
-    for kind in (messages.Endpoint, messages.AuditPlan, messages.Audit, KVLayout, GroupLayout, Form, Part, Ticket)
+    for kind in (
+        messages.Endpoint,
+        messages.PrefillTimes,
+        messages.DecodeTimes,
+        messages.AuditPlan,
+        messages.Audit,
+        KVLayout,
+    )
+    + (GroupLayout, Form, Part, Ticket)
 }
 ZMQ = {kind.__name__: kind for kind in (zmq_wire.Where, zmq_wire.Ping, zmq_wire.Read, zmq_wire.Pong, zmq_wire.Answer)}
 
