@@ -39,8 +39,11 @@ STRUCTS = {
         messages.AuditPlan,
         messages.Audit,
         KVLayout,
+        GroupLayout,
+        Form,
+        Part,
+        Ticket,
     )
-    + (GroupLayout, Form, Part, Ticket)
 }
 ZMQ = {kind.__name__: kind for kind in (zmq_wire.Where, zmq_wire.Ping, zmq_wire.Read, zmq_wire.Pong, zmq_wire.Answer)}
 
