@@ -13,16 +13,13 @@ import argparse
 import contextlib
 import http.client
 import json
-import os
 import random
 import secrets
-import signal
 import struct
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,8 @@ from urllib.parse import urlsplit
 
 import machine
 from bench_handover import READY_SECONDS, cpu_seconds, small_cache
-from nixl_instance import libraries
+from nixl_instance import StampedBy, nixl_instance
+from paused import pause, running, wake
 
 from pd_connector.demo.instance import Instance, free_port, vllm_instance
 from pd_connector.demo.model import WIDE_KV, build_model
@@ -48,19 +46,6 @@ class Pair:
     d: Instance
     stamps: Path
     address: str = ""
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for instance in (self.p, self.d):
-            assert instance.process is not None
-            os.killpg(instance.process.pid, number)
 
     def forwards(self, since: float) -> tuple[float, float]:
         """When P's first forward began after ``since`` and its last one ended; idle steps take less than 30 ms."""
@@ -139,28 +124,23 @@ def pairs(directory: Path, nixl: bool) -> list[Pair]:
         sides = []
         stamps, port = directory / f"{name}.stamps", free_port()
         for side, role, core in (("P", "kv_producer", 0), ("D", "kv_consumer", 1)):
-            ours = name == "pd_connector"
+            label = f"{name}-{side}"
+            stamped = {"PDC_STAMPS": str(stamps if side == "P" else directory / "unused")}
+            if name == "nixl":
+                sides.append(
+                    nixl_instance(label, model, directory, role, core, more, StampedBy("StampedNixl", stamped))
+                )
+                continue
             transfer = {
-                "kv_connector": "StampedConnector" if ours else "StampedNixl",
+                "kv_connector": "StampedConnector",
                 "kv_connector_module_path": "stamped_connector",
                 "kv_role": role,
+                "kv_connector_extra_config": {"io_cpus": [core], "port": port if side == "P" else 0},
             }
-            paths = [str(HERE)]
-            environment = {"PDC_STAMPS": str(stamps if side == "P" else directory / "unused")}
-            if ours:
-                transfer["kv_connector_extra_config"] = {"io_cpus": [core], "port": port if side == "P" else 0}
-            else:
-                only = directory / "nixl-only"
-                paths.append(str(only if only.exists() else libraries(directory)))
-                transfer["kv_buffer_device"] = "cpu"
-                environment |= {
-                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-                    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-                }
-            environment["PYTHONPATH"] = os.pathsep.join(paths)
             arguments = [*more, "--kv-transfer-config", json.dumps(transfer)]
-            log = directory / f"{name}-{side}.log"
-            sides.append(vllm_instance(side, model, log, core=core, arguments=arguments, environment=environment))
+            environment = stamped | {"PYTHONPATH": str(HERE)}
+            log = directory / f"{label}.log"
+            sides.append(vllm_instance(label, model, log, core=core, arguments=arguments, environment=environment))
         made.append(Pair(name, *sides, stamps, f"tcp://127.0.0.1:{port}"))
     return made
 
@@ -169,22 +149,22 @@ def measure(rounds: int, nixl: bool, directory: Path) -> list[dict[str, Any]]:
     chance = random.Random(1)
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     with contextlib.ExitStack() as stack:
-        running = pairs(directory, nixl)
-        for pair in running:
+        every = pairs(directory, nixl)
+        for pair in every:
             for instance in (pair.p, pair.d):
                 stack.callback(instance.stop)
                 instance.start()
             for instance in (pair.p, pair.d):
                 instance.wait_ready(READY_SECONDS)
                 instance.post("/v1/completions", body_of([1, 2, 3], 2, None, False))
-            pair._signal(signal.SIGSTOP)
-            stack.callback(pair._signal, signal.SIGCONT)  # before it is stopped for good
-        ways = [(running[0], way) for way in ("streamed", "sequential", "plain")]
-        ways += [(pair, "sequential") for pair in running[1:]]
+            pause(pair.p, pair.d)
+            stack.callback(wake, pair.p, pair.d)  # before it is stopped for good
+        ways = [(every[0], way) for way in ("streamed", "sequential", "plain")]
+        ways += [(pair, "sequential") for pair in every[1:]]
         for number in range(rounds + 1):
             prompt = [chance.randrange(WIDE_KV.vocabulary - 3) for _ in range(TOKENS)]
             for pair, way in ways[number % len(ways) :] + ways[: number % len(ways)]:
-                with pair.running():
+                with running(pair.p, pair.d):
                     time.sleep(0.3)
                     row = one_request(pair, way, prompt)
                     time.sleep(0.3)

@@ -15,21 +15,19 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
 import statistics
 import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import machine
 import numpy as np
 from bench_handover import READY_SECONDS, cpu_seconds, small_cache
+from paused import pause, running, wake
 
 from pd_connector.config import Config
 from pd_connector.demo.instance import Instance, vllm_instance
@@ -79,16 +77,6 @@ def ours_so_far(times: Path) -> tuple[float, float]:
     return hooks, threads
 
 
-@contextlib.contextmanager
-def running(instance: Instance) -> Iterator[None]:
-    assert instance.process is not None
-    os.killpg(instance.process.pid, signal.SIGCONT)
-    try:
-        yield
-    finally:
-        os.killpg(instance.process.pid, signal.SIGSTOP)
-
-
 def prefill(instance: Instance, prompt: list[int], params: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
     """(wall seconds, CPU seconds of the instance, answer)."""
     body = {"model": "demo", "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True, **params}
@@ -109,9 +97,8 @@ async def compare(pairs: int, directory: Path) -> dict[str, Any]:
             instance.start()
         for instance in (without, with_):
             instance.wait_ready(READY_SECONDS)
-            assert instance.process is not None
-            stack.callback(os.killpg, instance.process.pid, signal.SIGCONT)
-            os.killpg(instance.process.pid, signal.SIGSTOP)
+            stack.callback(wake, instance)
+            pause(instance)
         broker = await stack.enter_async_context(AgentBroker(Config()))
         for number in range(pairs + 1):
             prompt = [chance.randrange(WIDE_KV.vocabulary - 3) for _ in range(TOKENS)]

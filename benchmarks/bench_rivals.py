@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from typing import Any
 import machine
 from bench_handover import READY_SECONDS, small_cache
 from nixl_instance import nixl_instance
+from paused import pause, running, wake
 
 from pd_connector.demo.instance import Instance, vllm_instance
 from pd_connector.demo.model import WIDE_KV, build_model
@@ -47,19 +45,6 @@ class Pair:
 
     def both(self) -> tuple[Instance, Instance]:
         return self.p, self.d
-
-    def signal(self, number: signal.Signals) -> None:
-        for instance in self.both():
-            assert instance.process is not None
-            os.killpg(instance.process.pid, number)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self.signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self.signal(signal.SIGSTOP)
 
     def hand_over(self, prompt: list[int]) -> dict[str, float]:
         """Times in ms."""
@@ -106,19 +91,19 @@ def measure(rounds: int, directory: Path) -> dict[str, Any]:
     prompt = [chance.randrange(WIDE_KV.vocabulary - 3) for _ in range(TOKENS)]
     found: dict[str, list[dict[str, float]]] = {}
     with contextlib.ExitStack() as stack:
-        running = pairs(directory)
-        for _, pair in running:
+        every = pairs(directory)
+        for _, pair in every:
             for instance in pair.both():
                 stack.callback(instance.stop)
                 instance.start()
             for instance in pair.both():
                 instance.wait_ready(READY_SECONDS)
                 instance.post("/v1/completions", {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 2})
-            pair.signal(signal.SIGSTOP)
-            stack.callback(pair.signal, signal.SIGCONT)  # before it is stopped for good
+            pause(*pair.both())
+            stack.callback(wake, *pair.both())  # before it is stopped for good
         for number in range(rounds + 2):  # the first one prefills, the second one finds memory that was never used
-            for name, pair in running:
-                with pair.running():
+            for name, pair in every:
+                with running(*pair.both()):
                     row = pair.hand_over(prompt)
                 print(f"round {number}: {name} {row['gbps']:.2f} GB/s, D leg {row['d_leg_ms']:.0f} ms", file=sys.stderr)
                 if number > 1:

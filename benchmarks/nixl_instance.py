@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from rivals import venvs
 
@@ -23,10 +25,29 @@ def libraries(directory: Path) -> Path:
     return made
 
 
-def nixl_instance(name: str, model: Path, directory: Path, role: str, core: int, arguments: list[str]) -> Instance:
+class StampedBy(NamedTuple):
+    """A class of stamped_connector.py around the connector, and its environment."""
+
+    connector: str
+    environment: dict[str, str]
+
+
+def nixl_instance(
+    name: str,
+    model: Path,
+    directory: Path,
+    role: str,
+    core: int,
+    arguments: list[str],
+    stamped: StampedBy | None = None,
+) -> Instance:
     """As shipped: nothing is tuned. ``core`` as in vllm_instance."""
     transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
     only = directory / "nixl-only"
+    paths = [str(only if only.exists() else libraries(directory))]
+    if stamped is not None:
+        transfer |= {"kv_connector": stamped.connector, "kv_connector_module_path": "stamped_connector"}
+        paths.insert(0, str(Path(__file__).parent))
     return vllm_instance(
         name,
         model,
@@ -34,9 +55,10 @@ def nixl_instance(name: str, model: Path, directory: Path, role: str, core: int,
         core=core,
         arguments=[*arguments, "--kv-transfer-config", json.dumps(transfer)],
         environment={
-            "PYTHONPATH": str(only if only.exists() else libraries(directory)),
+            "PYTHONPATH": os.pathsep.join(paths),
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
             "VLLM_SERVER_DEV_MODE": "1",
+            **({} if stamped is None else stamped.environment),
         },
     )

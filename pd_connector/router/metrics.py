@@ -57,7 +57,7 @@ class RouterMetrics:
         self.tokens = Counter(
             "pdc_router_tokens",
             "Prompt tokens of which decode instances told: prompt (all), cached (they had them), expected (to be "
-            "loaded), loaded.",
+            "loaded), loaded; reused: prefill instances had them from an earlier turn.",
             ["kind"],
             registry=self.registry,
         )

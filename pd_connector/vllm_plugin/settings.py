@@ -15,6 +15,8 @@ def instance_config(vllm_config: Any) -> Config:
     """Settings of this engine's advertised agent. Raises ConfigError."""
     transfer = vllm_config.kv_transfer_config
     config = parse(transfer.kv_connector_extra_config or {}, "kv_connector_extra_config")
+    if config.pool_bytes and not transfer.is_kv_consumer:
+        raise ConfigError("pool_bytes is for decode instances: with kv_role kv_producer no turn ends here")
     port = config.port
     if not port and transfer.kv_port != compat.VLLM_DEFAULT_KV_PORT:
         port = int(transfer.kv_port)

@@ -19,6 +19,9 @@ from pd_connector.vllm_plugin.metadata import PoolHandshake, Save
 
 logger = logging.getLogger(__name__)
 
+_COPY_SECONDS = 10.0
+"""How long a copy may take. The slowest transport moves 1.6 GB/s here."""
+
 
 class TurnPool:
     """``regions`` and ``layout`` are those of the KV cache; every slot takes one block of each of its groups. ``saved``
@@ -68,7 +71,8 @@ class TurnPool:
 
         try:
             self.agent.grant(target, seconds=self._config.pool_seconds, growing=True)
-            self.agent.start_pull(source, target.blocks, on_end=ended)
+            # It is memory of this host; who waits is the engine, for blocks that it could give to others.
+            self.agent.start_pull(source, target.blocks, timeout=_COPY_SECONDS, on_end=ended)
         except LocalProtocolError as error:
             ended(ev.TransferEnded(number, "failed", error))
 

@@ -54,6 +54,13 @@ def test_an_address_that_others_reach_needs_keys(model: Path) -> None:
         instance_config(config)
 
 
+def test_a_pool_is_for_decode_instances(model: Path) -> None:
+    for role in ("kv_consumer", "kv_both"):
+        assert instance_config(engine_config(model, role, extra={"pool_bytes": 1 << 20})).pool_bytes == 1 << 20
+    with pytest.raises(ConfigError, match="no turn ends here"):
+        instance_config(engine_config(model, "kv_producer", extra={"pool_bytes": 1 << 20}))
+
+
 def test_registration_is_idempotent_and_finds_the_class() -> None:
     vllm_plugin.register()
     vllm_plugin.register()
