@@ -176,7 +176,10 @@ def _add_ledger(commands: Any) -> None:
 
 def _ledger(arguments: argparse.Namespace) -> int:
     _require_router()
-    from pd_connector.router import show
+    try:
+        from pd_connector.router import show
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the table needs {error.name!r}: pip install 'pd-connector[router]'") from None
 
     ledgers = show.fetch(arguments.url, arguments.count, _api_key(arguments))
     if arguments.plot is not None:

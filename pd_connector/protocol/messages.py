@@ -19,6 +19,8 @@ from pd_connector.plan import MAX_DIMS
 VERSION = 4
 MAX_FRAME = 4 * 2**20
 """Largest frame that is sent or accepted, in bytes: 500,000 audit digests fit."""
+MAX_SAVED = 2**20
+"""Largest ticket of a kept turn, in bytes: of some 200,000 blocks."""
 MAX_WORDS = 4096
 MAX_RANKS = 4096
 MAX_GROUPS = 64
@@ -203,7 +205,7 @@ class Saved(Message, tag="saved", frozen=True, kw_only=True):
     """
 
     of: Capability
-    ticket: Annotated[bytes, Meta(max_length=MAX_FRAME)] = b""
+    ticket: Annotated[bytes, Meta(max_length=MAX_SAVED)] = b""
     remaining_ms: Millis = 0
     reason: Words = ""
 

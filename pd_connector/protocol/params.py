@@ -137,8 +137,7 @@ def transfer_of(params: Mapping[str, Any]) -> tuple[bytes, bool] | None:
 
 def with_report(params: Mapping[str, Any], address: str, of: bytes) -> dict[str, Any]:
     """The same parameters, asking the instance to send an Account under the id ``of`` (16 bytes) to an agent."""
-    ours = params.get(KEY)
-    return {**params, KEY: {**(ours if isinstance(ours, Mapping) else {}), "report": {"to": address, "of": of.hex()}}}
+    return _with(params, report={"to": address, "of": of.hex()})
 
 
 def report_of(params: Mapping[str, Any]) -> tuple[str, bytes] | None:
@@ -155,8 +154,7 @@ def report_of(params: Mapping[str, Any]) -> tuple[str, bytes] | None:
 def with_save(params: Mapping[str, Any]) -> dict[str, Any]:
     """The same parameters, asking a decode instance to keep what it has in the end for the conversation's next turn:
     whoever wants its Account is then told by Saved."""
-    ours = params.get(KEY)
-    return {**params, KEY: {**(ours if isinstance(ours, Mapping) else {}), "save": True}}
+    return _with(params, save=True)
 
 
 def wants_save(params: Mapping[str, Any]) -> bool:
@@ -166,8 +164,12 @@ def wants_save(params: Mapping[str, Any]) -> bool:
 
 def with_prefix(params: Mapping[str, Any], ticket: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a prefill, and a ticket (as parameters) of the KV of a prefix of its prompt."""
+    return _with(params, prefix=dict(ticket))
+
+
+def _with(params: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     ours = params.get(KEY)
-    return {**params, KEY: {**(ours if isinstance(ours, Mapping) else {}), "prefix": dict(ticket)}}
+    return {**params, KEY: {**(ours if isinstance(ours, Mapping) else {}), **more}}
 
 
 def prefix_of(params: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -106,7 +106,7 @@ class Router:
         """Where the time to the first token went, of the last ``n`` (default 100) choices; newest last."""
         self._authorise(request)
         count = request.query_params.get("n", "100")
-        if not count.isdecimal() or not 0 < int(count) <= KEPT:
+        if not count.isdecimal() or len(count) > 5 or not 0 < int(count) <= KEPT:
             raise Fault(400, "invalid_request_error", f"n is a number from 1 to {KEPT}, not {count[:20]!r}")
         return JSONResponse(self._books.last(int(count)))
 

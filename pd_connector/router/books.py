@@ -21,7 +21,7 @@ class Books:
     def enter(self, request_id: str, streamed_answer: bool, attributes: dict[str, str], ledger: Ledger) -> None:
         """One choice's."""
         for stage, seconds in ledger.stages.items():
-            if seconds or stage != "retries":
+            if seconds or stage not in ("retries", "turn"):
                 self._metrics.stage_seconds.labels(stage).observe(seconds)
         self._metrics.stage_seconds.labels("unaccounted").observe(ledger.unaccounted)
         for kind, count in ledger.tokens.items():
@@ -31,4 +31,4 @@ class Books:
 
     def last(self, count: int) -> list[dict[str, Any]]:
         """Newest last."""
-        return list(self._last)[-count:] if count > 0 else []
+        return list(self._last)[-count:]

@@ -11,8 +11,7 @@ from pd_connector.config import Config, is_loopback
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.messages import Account, Saved
-from pd_connector.protocol.params import from_params, to_params
-from pd_connector.protocol.ticket import Ticket
+from pd_connector.protocol.params import from_params
 from pd_connector.runtime.agent import Agent
 
 logger = logging.getLogger(__name__)
@@ -21,8 +20,8 @@ _MOST_ACCOUNTS = 2
 """Of one hand-over: P's and D's."""
 
 
-OnSaved = Callable[[bytes, dict[str, Any] | None, float, str], None]
-"""(id of the hand-over, ticket as parameters or None, seconds that it is held, why there is none)."""
+OnSaved = Callable[[bytes, bytes, float, str], None]
+"""(id of the hand-over, ticket as Ticket.to_bytes or nothing, seconds that it is held, why there is none)."""
 
 
 class Broker(Protocol):
@@ -67,7 +66,6 @@ class AgentBroker:
         await self._agent.close()
 
     def address_for(self, url: str) -> str:
-        """Where the instance behind a URL reaches us; empty when it cannot."""
         here = is_loopback(urlsplit(url).hostname or "")
         return self._agent.address if here or not is_loopback(self._config.host) else ""
 
@@ -86,18 +84,15 @@ class AgentBroker:
         self._agent.disclaim(address, transfer, renounce=True)
 
     def expect(self, of: bytes) -> None:
-        """Keep what instances tell about a hand-over, until it is forgotten."""
         self._accounts[of] = []
 
     def accounts(self, of: bytes) -> list[Account]:
-        """What they told so far."""
         return self._accounts.get(of, [])
 
     def forget(self, of: bytes) -> None:
         self._accounts.pop(of, None)
 
     def listen(self, on_saved: OnSaved) -> None:
-        """Be told what decode instances keep of turns."""
         self._on_saved = on_saved
 
     def _noted(self, note: ev.Note) -> None:
@@ -107,17 +102,6 @@ class AgentBroker:
                 if known is not None and len(known) < _MOST_ACCOUNTS:
                     known.append(account)
             case ev.Informed(Saved() as saved) if self._on_saved is not None:
-                self._on_saved(saved.of, _params_of(saved), saved.remaining_ms / 1e3, saved.reason)
+                self._on_saved(saved.of, saved.ticket, saved.remaining_ms / 1e3, saved.reason)
             case _:
                 pass
-
-
-def _params_of(saved: Saved) -> dict[str, Any] | None:
-    if not saved.ticket:
-        return None
-    try:
-        ticket = Ticket.from_bytes(saved.ticket)
-    except RemoteProtocolError as error:
-        logger.warning("an instance kept a turn under a ticket that is none: %s", error)
-        return None
-    return to_params(ticket, request_id="", engine_id="", tp_size=1, pp_size=1)

@@ -43,26 +43,23 @@ def _digest(key: bytes, data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """``ticket`` as kv_transfer_params."""
+    """``ticket`` as Ticket.to_bytes: it is looked at when it is used."""
 
-    ticket: dict[str, Any]
+    ticket: bytes
     until: float
 
 
-@dataclass(slots=True)
-class _Awaited:
-    key: Key
-    until: float | None = None
-    """Of a turn that has ended: how long its instance may take to tell."""
-
-
 class Conversations:
-    """At most ``most`` tickets, and as many turns whose instance has not told yet. Times are monotonic seconds."""
+    """At most ``most`` tickets, of ``most_bytes`` together, and as many turns whose instance has not told yet. Times
+    are monotonic seconds."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, most_bytes: int = 256 << 20) -> None:
+        self._most, self._most_bytes = most, most_bytes
         self._kept: OrderedDict[Key, Kept] = OrderedDict()
-        self._awaited: OrderedDict[bytes, _Awaited] = OrderedDict()
+        self._bytes = 0
+        self._awaited: OrderedDict[bytes, Key] = OrderedDict()
+        self._ending: dict[Key, tuple[bytes, float]] = {}
+        """Of turns that have ended: by which id, and how long, their instance may take to tell."""
 
     def __len__(self) -> int:
         """What is kept and awaited."""
@@ -70,38 +67,46 @@ class Conversations:
 
     def begin(self, of: bytes, key: Key) -> None:
         """An instance is asked to keep a turn, and will tell under the id ``of``."""
-        self._awaited[of] = _Awaited(key)
+        self._awaited[of] = key
         while len(self._awaited) > self._most:
-            self._awaited.popitem(last=False)
+            self.forget(next(iter(self._awaited)))
 
     def end(self, of: bytes, until: float) -> None:
         """The turn has ended; when the instance has not told by ``until``, it kept nothing."""
-        if of in self._awaited:
-            self._awaited[of].until = until
+        if (key := self._awaited.get(of)) is not None:
+            self._ending[key] = of, until
 
-    def forget(self, of: bytes) -> None:
-        """The turn has failed."""
-        self._awaited.pop(of, None)
+    def forget(self, of: bytes) -> Key | None:
+        """The turn has failed, or its instance has told. Whose it was, if it was awaited."""
+        key = self._awaited.pop(of, None)
+        if key is not None and self._ending.get(key, (b"",))[0] == of:
+            del self._ending[key]
+        return key
 
     def is_awaited(self, keys: Sequence[Key], now: float) -> bool:
         """Whether the ticket of one of these may come any moment."""
-        return any(one.key in keys and one.until is not None and now < one.until for one in self._awaited.values())
+        return any(key in self._ending and now < self._ending[key][1] for key in keys)
 
     def told(self, of: bytes, kept: Kept | None) -> list[Kept]:
-        """An instance said what it kept. Returns the tickets that nobody will use."""
-        awaited = self._awaited.pop(of, None)
-        if kept is None or awaited is None:
-            return [] if kept is None else [kept]
-        gone = [old] if (old := self._kept.pop(awaited.key, None)) is not None else []
-        self._kept[awaited.key] = kept
-        while len(self._kept) > self._most:
-            gone.append(self._kept.popitem(last=False)[1])
+        """An instance said what it kept. Returns the tickets that nobody will use. One that nobody asked is ignored."""
+        key = self.forget(of)
+        if key is None or kept is None:
+            return []
+        gone = [self._pop(key)] if key in self._kept else []
+        self._kept[key] = kept
+        self._bytes += len(kept.ticket)
+        while len(self._kept) > self._most or self._bytes > self._most_bytes:
+            gone.append(self._pop(next(iter(self._kept))))
         return gone
 
-    def take(self, keys: Sequence[Key], now: float) -> Kept | None:
+    def take(self, keys: Sequence[Key], now: float) -> bytes | None:
         """The ticket of the first of these that there is; it is used only once."""
         for key in keys:
-            kept = self._kept.pop(key, None)
-            if kept is not None and kept.until > now:
-                return kept
+            if key in self._kept and (kept := self._pop(key)).until > now:
+                return kept.ticket
         return None
+
+    def _pop(self, key: Key) -> Kept:
+        kept = self._kept.pop(key)
+        self._bytes -= len(kept.ticket)
+        return kept

@@ -15,11 +15,12 @@ from msgspec.structs import asdict, replace
 
 from pd_connector.protocol.messages import Account, DecodeTimes, PrefillTimes
 
-STAGES = ("router", "retries", "p_queue", "prefill", "announce", "wire", "commit", "d_queue", "first_token")
-"""router: its own work. retries: attempts that failed. p_queue: from the router's sending until P schedules the prompt.
-prefill: until its last forward has ended. announce: until D's engine knows of the last blocks. d_queue: until D has
-blocks for them, and after the load until it schedules the request. wire: reading. commit: P's verdict. first_token: D's
-step, and the way of its answer to the router (not streamed: the whole answer)."""
+STAGES = ("router", "retries", "turn", "p_queue", "prefill", "announce", "wire", "commit", "d_queue", "first_token")
+"""router: its own work. retries: attempts that failed. turn: waiting for what the last turn leaves. p_queue: from the
+router's sending until P schedules the prompt. prefill: until its last forward has ended. announce: until D's engine
+knows of the last blocks. d_queue: until D has blocks for them, and after the load until it schedules the request. wire:
+reading. commit: P's verdict. first_token: D's step, and the way of its answer to the router (not streamed: the whole
+answer)."""
 
 Span = tuple[str, int, int]
 """(stage, from, to): stamps in ns."""
@@ -33,6 +34,8 @@ class Legs:
     clock: str
     began: int = 0
     attempt: int = 0
+    turn_sought: int = 0
+    turn_found: int = 0
     prefill_sent: int = 0
     prefill_answered: int = 0
     decode_sent: int = 0
@@ -43,7 +46,7 @@ class Legs:
         """One more attempt."""
         self.began = self.began or now
         self.attempt = now
-        self.prefill_sent = self.prefill_answered = self.decode_sent = 0
+        self.turn_sought = self.turn_found = self.prefill_sent = self.prefill_answered = self.decode_sent = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,11 @@ def settle(legs: Legs, accounts: Iterable[Account]) -> Ledger:
             prefill = times
         else:
             decode = times
-    spans = tuple(span for span in _spans(legs, prefill, decode) if span[1] and span[2] > span[1])
+    spans = tuple(
+        (stage, max(begin, legs.arrived), min(end, legs.first_token))
+        for stage, begin, end in _spans(legs, prefill, decode)
+        if begin and max(begin, legs.arrived) < min(end, legs.first_token)
+    )
     stages = _exposed(spans, legs.arrived, legs.first_token)
     wall = (legs.first_token - legs.arrived) / 1e9
     return Ledger(
@@ -115,6 +122,7 @@ def _spans(legs: Legs, prefill: PrefillTimes, decode: DecodeTimes) -> list[Span]
     """In the order in which they count where they overlap."""
     spans = [
         ("retries", legs.began, legs.attempt),
+        ("turn", legs.turn_sought, legs.turn_found),
         ("router", legs.arrived, legs.began),
         ("router", legs.attempt, legs.prefill_sent),
         ("p_queue", legs.prefill_sent, prefill.scheduled),

@@ -83,7 +83,7 @@ class HandOver:
         self._trace = Trace(headers)
         self._settings, self._fleet, self._broker = means.settings, means.fleet, means.broker
         self._books, self._turns, self._keys = means.books, means.turns, keys
-        self._prefix_sought = False
+        self._prefix_sought = self._prefix_given = False
         self.legs = Legs(arrived, clock_id())
         self._metrics = means.fleet.prefill.metrics
         self._transfer = b""
@@ -221,7 +221,9 @@ class HandOver:
             await self._prefill_leg(exchange)
         except LegFailed as failure:
             self._renounce()
-            await self._prepare_retry(self._prefill, failure, same_again=failure.connection)
+            # What the last turn left may be gone, and P's policy to fail then: the next attempt has it compute.
+            given, self._prefix_given = self._prefix_given, False
+            await self._prepare_retry(self._prefill, failure, same_again=failure.connection or given)
             return False
         try:
             await self._decode_leg(self._ticket)
@@ -279,7 +281,7 @@ class HandOver:
             raise
         finally:
             exchange.close()
-            if prefix is not None:  # whatever became of it: a second attempt computes
+            if prefix is not None:  # whatever became of it: it is used once
                 self._begin_release(self._broker.release(prefix))
 
     def _for_decode(self, ticket: dict[str, Any], exchange: Exchange) -> dict[str, Any]:
@@ -292,7 +294,11 @@ class HandOver:
         if self._prefix_sought:
             return None
         self._prefix_sought = True
-        return await self._turns.take(self._keys)
+        self.legs.turn_sought = stamp()
+        found = await self._turns.take(self._keys)
+        self.legs.turn_found = stamp()
+        self._prefix_given = found is not None
+        return found
 
     def _reported(self, params: dict[str, Any], exchange: Exchange) -> dict[str, Any]:
         """The instance is to tell us where the time went."""

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from pd_connector.router.admission import Admission, Slot
 from pd_connector.router.conversations import Key, keys_of
-from pd_connector.router.faults import Fault, LegFailed, Refused
+from pd_connector.router.faults import Fault, LegFailed, Refused, bad_request
 from pd_connector.router.legs import HandOver
 from pd_connector.router.means import Means
 from pd_connector.router.merge import StreamMerge, merge_plain
@@ -86,6 +86,9 @@ class Relay:
         except Refused as refusal:
             outcome = "refused"
             await self._answer(refusal.status, refusal.headers, refusal.body)
+        except orjson.JSONEncodeError as error:
+            outcome = "refused"
+            await self._report(bad_request(f"the request body cannot be passed on: {error}; it is nested too deeply"))
         except Fault as fault:
             outcome = "overloaded" if fault.retry_after_s else "refused" if fault.status < 500 else "failed"
             await self._report(fault)

@@ -6,10 +6,12 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -17,7 +19,20 @@ from pd_connector.errors import ConfigError
 from pd_connector.router.ledger import STAGES
 
 _SECONDS = 10.0
+_MOST_BYTES = 64 << 20
 _COLUMNS = (*STAGES, "unaccounted")
+
+
+class _Row(msgspec.Struct):
+    """What a ledger must have in it, to be shown."""
+
+    request_id: str
+    hand_over: str
+    ttft_ms: float
+    stages_ms: dict[str, float]
+    unaccounted_ms: float
+    tokens: dict[str, int]
+    missing: list[str]
 
 
 def fetch(url: str, count: int, api_key: str | None) -> list[dict[str, Any]]:
@@ -26,14 +41,14 @@ def fetch(url: str, count: int, api_key: str | None) -> list[dict[str, Any]]:
     try:
         request = urllib.request.Request(f"{url.rstrip('/')}/ledger?n={count}", headers=headers)
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            found = json.load(response)
+            found = response.read(_MOST_BYTES)
+        msgspec.json.decode(found, type=list[_Row])
+        return list(json.loads(found))
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{url} answered {error.code}: {error.read(500).decode('utf-8', 'replace')}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no ledger from {url}: {error}; give the address of a pdc router") from None
-    if not isinstance(found, list):
-        raise ConfigError(f"{url} is no pdc router")
-    return found
+    except (OSError, ValueError, HTTPException, RecursionError) as error:
+        why = f"{type(error).__name__} {error}".strip()
+        raise ConfigError(f"no ledger from {url}: {why}; give the address of a pdc router") from None
 
 
 def table(ledgers: Sequence[Mapping[str, Any]]) -> Table:
@@ -49,7 +64,7 @@ def table(ledgers: Sequence[Mapping[str, Any]]) -> Table:
         out.add_column(head, justify="left" if head in ("request", "hand-over") else "right")
     for ledger in ledgers:
         tokens = ledger["tokens"]
-        told = f"{tokens['loaded']}/{tokens['expected']}" if "decode" not in ledger["missing"] else "?"
+        told = f"{tokens.get('loaded')}/{tokens.get('expected')}" if "decode" not in ledger["missing"] else "?"
         values = (_ms(value) for value in _values(ledger))
         way = ledger["hand_over"].partition(":")[0] + "".join(f", {side} untold" for side in ledger["missing"])
         out.add_row(ledger["request_id"][:12], told, *values, way)

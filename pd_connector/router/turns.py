@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from pd_connector.errors import RemoteProtocolError
+from pd_connector.protocol.params import to_params
+from pd_connector.protocol.ticket import Ticket
 from pd_connector.router.broker import Broker
 from pd_connector.router.conversations import Conversations, Kept, Key
 from pd_connector.router.metrics import RouterMetrics
@@ -43,31 +46,43 @@ class Turns:
             self._conversations.forget(of)
 
     async def take(self, keys: Sequence[Key]) -> dict[str, Any] | None:
-        """The ticket of a request's prefix; it is the caller's to release."""
+        """The ticket of a request's prefix, as parameters; it is the caller's to release."""
         if not keys or not self._most:
             return None
-        while self._conversations.is_awaited(keys, now := time.monotonic()):
+        deadline = time.monotonic() + self._patience_s
+        while (now := time.monotonic()) < deadline and self._conversations.is_awaited(keys, now):
             told = asyncio.get_running_loop().create_future()
             self._waiting.add(told)
-            await asyncio.wait({told}, timeout=self._patience_s)
-            self._waiting.discard(told)
-        kept = self._conversations.take(keys, now)
-        if kept is None:
-            return None
-        self._metrics.turns.labels("read").inc()
-        return kept.ticket
+            try:
+                await asyncio.wait({told}, timeout=deadline - now)
+            finally:
+                self._waiting.discard(told)
+        ticket = self._conversations.take(keys, now)
+        params = None if ticket is None else _params_of(ticket)
+        if params is not None:
+            self._metrics.turns.labels("read").inc()
+        return params
 
-    def _told(self, of: bytes, ticket: dict[str, Any] | None, seconds: float, reason: str) -> None:
-        """By a decode instance."""
-        self._metrics.turns.labels("kept" if ticket is not None else "not_kept").inc()
-        if ticket is None:
+    def _told(self, of: bytes, ticket: bytes, seconds: float, reason: str) -> None:
+        """By whoever claims to be a decode instance."""
+        self._metrics.turns.labels("kept" if ticket else "not_kept").inc()
+        if not ticket:
             logger.debug("a decode instance kept nothing of a turn: %s", reason)
-        kept = None if ticket is None else Kept(ticket, time.monotonic() + seconds)
+        kept = Kept(ticket, time.monotonic() + seconds) if ticket else None
         for gone in self._conversations.told(of, kept):
             self._metrics.turns.labels("dropped").inc()
-            release = asyncio.get_running_loop().create_task(self._broker.release(gone.ticket))
-            self._releases.add(release)
-            release.add_done_callback(self._releases.discard)
+            if (params := _params_of(gone.ticket)) is not None:
+                release = asyncio.get_running_loop().create_task(self._broker.release(params))
+                self._releases.add(release)
+                release.add_done_callback(self._releases.discard)
         for waiting in self._waiting:
             if not waiting.done():
                 waiting.set_result(None)
+
+
+def _params_of(ticket: bytes) -> dict[str, Any] | None:
+    try:
+        return to_params(Ticket.from_bytes(ticket), request_id="", engine_id="", tp_size=1, pp_size=1)
+    except RemoteProtocolError as error:
+        logger.warning("an instance kept a turn under a ticket that is none: %s", error)
+        return None

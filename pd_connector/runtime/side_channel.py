@@ -65,7 +65,7 @@ class SideChannel:
         if config.secret_key:
             self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
             self._auth.start()
-            self._auth.configure_curve_callback("*", _AllowedKeys(config.allowed_keys))
+            self._auth.configure_curve_callback("*", _AllowedKeys(admitted(config)))
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if config.secret_key:
@@ -186,7 +186,7 @@ class SideChannel:
             return f"keys: we have {ours}, the peer's address has {theirs}; configure both sides alike"
         if key:
             try:
-                known = z85.encode(bytes.fromhex(key)).decode() in self._config.allowed_keys
+                known = z85.encode(bytes.fromhex(key)).decode() in admitted(self._config)
             except ValueError:
                 return "keys: the peer's address carries a malformed key"
             if not known:
@@ -257,6 +257,11 @@ def _readable(target: zmq.Socket[bytes]) -> bool:
     """Asking costs a tenth of an exception from a socket that has nothing."""
     events: Any = target.getsockopt(zmq.EVENTS)
     return bool(events & zmq.POLLIN)
+
+
+def admitted(config: Config) -> tuple[str, ...]:
+    """Whose public keys are: those of the peers, and one's own, which the other agents of an instance have too."""
+    return (*config.allowed_keys, config.public_key)
 
 
 class _AllowedKeys:

@@ -75,6 +75,8 @@ class Accounts:
                 self._first_scheduled(known, computed)
             if isinstance(known.times, DecodeTimes):
                 self._close(request_id)
+            elif request_id in self._computing:
+                pass  # it goes on behind its prompt
             elif computed + int(output.num_scheduled_tokens[request_id]) >= known.times.prompt:
                 self._computing.add(request_id)
                 completed.append(request_id)
@@ -147,7 +149,7 @@ def _stages(times: Times) -> list[tuple[str, float]]:
     if isinstance(times, PrefillTimes):
         return [
             ("p_queue", (times.scheduled - times.arrived) / 1e9),
-            ("prefill", (times.computed - times.scheduled) / 1e9),
+            ("prefill", max(times.computed - times.scheduled, 0) / 1e9),
         ]
     loaded = times.confirmed - times.ordered if times.confirmed and times.ordered else 0
-    return [("d_queue", (times.scheduled - times.arrived - loaded) / 1e9)]
+    return [("d_queue", max(times.scheduled - times.arrived - loaded, 0) / 1e9)]

@@ -56,6 +56,9 @@ class PDConnector(KVConnectorBase_V1, *compat.hybrid_bases()):  # type: ignore[m
     def update_connector_output(self, connector_output: Any) -> None:
         self.scheduler.workers_reported(connector_output)
 
+    def reset_cache(self) -> bool | None:
+        return None if self._scheduler is None else self._scheduler.reset_cache()
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.scheduler.finished(request, (block_ids,))
 

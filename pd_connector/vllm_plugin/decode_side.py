@@ -238,7 +238,8 @@ class DecodeSide:
             hope.problem = hope.problem or STATES
         block_ids, ranges = zip(*wanted, strict=True)
         follow = hope.stream is not None
-        self._side.orders.loads.append(Load(request.request_id, hope.ticket, block_ids, ranges, hope.problem, follow))
+        load = Load(request.request_id, hope.ticket, block_ids, ranges, hope.problem, follow, hope.prefix)
+        self._side.orders.loads.append(load)
 
     def _release(self, ticket: Ticket) -> None:
         self._side.agent.release(ticket, whole=True)

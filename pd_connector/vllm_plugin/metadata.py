@@ -51,6 +51,8 @@ class Load:
     problem: str = ""
     follow: bool = False
     """The ticket's lease grows while it is read."""
+    prefix: bool = False
+    """It is what an earlier turn left, and may be gone by now."""
 
 
 @dataclass(frozen=True)

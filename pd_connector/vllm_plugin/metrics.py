@@ -128,6 +128,14 @@ class PDStats(KVConnectorStats):
         return not any(self.data.get(key) for key in ("counters", "transfers", "gauges", "stages", "forwards", "saves"))
 
 
+def own_stats(stats: Any) -> list[PDStats]:
+    """Ours among the stats of a step; inside vLLM's MultiConnector they come with those of other connectors."""
+    if isinstance(stats, PDStats):
+        return [stats]
+    children = getattr(stats, "data", None)
+    return [each for each in children.values() if isinstance(each, PDStats)] if isinstance(children, dict) else []
+
+
 class PDPromMetrics(KVConnectorPromMetrics):
     def __init__(
         self,

@@ -16,7 +16,7 @@ from pd_connector.protocol.messages import Endpoint
 from pd_connector.vllm_plugin import compat
 from pd_connector.vllm_plugin.decode_side import DecodeSide
 from pd_connector.vllm_plugin.metadata import Handshake, StepOrders
-from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats
+from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats, own_stats
 from pd_connector.vllm_plugin.prefill_side import PrefillSide
 from pd_connector.vllm_plugin.side import Side
 from pd_connector.vllm_plugin.turn_side import TurnSide
@@ -29,7 +29,7 @@ class PDScheduler:
         parallel = vllm_config.parallel_config
         self._tensor_parallel = int(parallel.tensor_parallel_size)
         self._notes: deque[ev.Note] = deque()
-        self.side = Side(vllm_config, kv_cache_config, self._notes.append)
+        self.side = Side(vllm_config, kv_cache_config, self._note)
         self.decode = DecodeSide(self.side)
         sizes = self._tensor_parallel, int(parallel.pipeline_parallel_size), int(parallel.data_parallel_size)
         self.prefill = PrefillSide(self.side, sizes)
@@ -41,6 +41,11 @@ class PDScheduler:
         self._spoken_now: Counter[str] = Counter()
         self._closed = False
         logger.info("PDConnector: engine %s answers at %s", self.side.engine_id, self.side.agent.address)
+
+    def _note(self, note: ev.Note) -> None:
+        """On the portal's thread. What strangers may send at any time must not wait for an engine that stands still."""
+        if not isinstance(note, ev.Informed):
+            self._notes.append(note)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -96,11 +101,11 @@ class PDScheduler:
             self.decode.noted(note)
 
     def workers_reported(self, output: Any) -> None:
-        measured = output.kv_connector_stats
-        if measured is not None:
+        for measured in own_stats(output.kv_connector_stats):
             self.side.accounts.measured(*measured.take_stamps())
             for number, done in measured.take_saves():
                 self.turns.saved(number, done)
+        self.turns.ended(output.finished_sending or set())
         self.decode.loaded(output.finished_recving or set())
         self.prefill.ended(output.finished_sending or set())
 
@@ -120,6 +125,11 @@ class PDScheduler:
     def _look(self) -> None:
         """On the loop: counters change there, another thread must not iterate over them."""
         self._spoken_now = self.side.agent.counters()
+
+    def reset_cache(self) -> bool:
+        """What is kept of earlier requests may be of weights that are not used any more."""
+        self.turns.forget_all("the caches were reset")
+        return True
 
     def shutdown(self) -> None:
         if self._closed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from pd_connector.cache.slots import Slots
 from pd_connector.protocol import events as ev
-from pd_connector.protocol.messages import CAPABILITY_BYTES, Endpoint, Saved
+from pd_connector.protocol.messages import CAPABILITY_BYTES, MAX_SAVED, Endpoint, Saved
 from pd_connector.protocol.params import report_of, wants_save
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.runtime.agent import Agent
@@ -31,9 +32,12 @@ _MARKS = 32
 class _Turn:
     """``missing`` ranks have not said yet whether they have it."""
 
+    request_id: str
     ticket: Ticket
     to: tuple[str, bytes]
     missing: int
+    until: float
+    """When the leases on the pools end, on the monotonic clock."""
     complete: bool = True
 
 
@@ -45,7 +49,8 @@ class TurnSide:
         self._turns: dict[int, _Turn] = {}
         self._notes: deque[ev.Note] = deque()
         self._slots = Slots(0)
-        self._ranks = self._last = 0
+        self._pools: tuple[PoolHandshake, ...] = ()
+        self._last = 0
         self._agent: Agent | None = None
 
     @property
@@ -58,15 +63,20 @@ class TurnSide:
         if not pools:
             return
         self._slots = Slots(min(pool.slots for pool in pools))
-        self._ranks = len(pools)
+        self._pools = tuple(pools)
         config = msgspec.structs.replace(self._side.config, port=0)
-        self._agent = Agent(config, name=f"{self._side.engine_id}/pool", on_note=self._notes.append)
+        self._agent = Agent(config, name=f"{self._side.engine_id}/pool", on_note=self._note)
         self._agent.identify(self._side.model)
         self._side.portal.call(self._agent.start)
         ranks = [Endpoint(number, pool.address, pool.incarnation, pool.layout) for number, pool in enumerate(pools)]
         self._side.portal.call(self._agent.speak_for, ranks)
         words = "PDConnector: keeps finished requests in %d slots, to be read at %s"
         logger.info(words, self._slots.count, self._agent.address)
+
+    def _note(self, note: ev.Note) -> None:
+        """On the portal's thread, also while the engine stands still: nothing that strangers may send is kept."""
+        if isinstance(note, ev.LeaseEnded):
+            self._notes.append(note)
 
     def finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> bool:
         """A request ended: keep it, if somebody asked for that; whether its blocks are still needed."""
@@ -99,7 +109,9 @@ class TurnSide:
         self._last += 1
         taken = self._slots.take(self._last, max(map(len, blocks)))
         if taken is None:
-            return f"it needs {max(map(len, blocks))} slots of {self._slots.count}, pool_bytes is too small"
+            wanted, there = max(map(len, blocks)), self._slots.count
+            busy = "others are just being copied" if wanted <= there else "pool_bytes is too small"
+            return f"it needs {wanted} slots of {there}, {busy}"
         slots, gone = taken
         for number in gone:
             self._forget(number, "newer turns needed the room")
@@ -113,7 +125,8 @@ class TurnSide:
             tokens=tokens,
         )
         target = self._target(request, tokens, tuple(tuple(slots[: len(ids)]) for ids in blocks))
-        self._turns[target.lease] = _Turn(target, to, self._ranks)
+        until = time.monotonic() + self._side.config.pool_seconds
+        self._turns[target.lease] = _Turn(request.request_id, target, to, len(self._pools), until)
         self._side.orders.grants.append((request.request_id, source, False))
         self._side.orders.saves.append(Save(source, target))
         self._side.portal.post(self._lease_here, target)
@@ -147,8 +160,19 @@ class TurnSide:
         turn = self._turns[number]
         turn.missing -= 1
         turn.complete = turn.complete and done
-        if turn.missing:
-            return
+        if not turn.missing:
+            self._copied(number, turn)
+
+    def ended(self, request_ids: set[str]) -> None:
+        """No rank needs these requests' blocks any more, so their copies have ended, told of or not."""
+        for number, turn in list(self._turns.items()):
+            if turn.missing and turn.request_id in request_ids:
+                turn.missing, turn.complete = 0, False
+                self._copied(number, turn)
+
+    def _copied(self, number: int, turn: _Turn) -> None:
+        told = turn.ticket.to_bytes()
+        turn.complete = turn.complete and len(told) <= MAX_SAVED
         wanted = self._slots.filled(number)
         if wanted and not turn.complete:
             self._slots.drop(number)
@@ -157,14 +181,27 @@ class TurnSide:
             self._tell(turn.to, Saved(src=0, dst=0, of=turn.to[1], reason="it could not be copied"))
             return
         self._side.counters["turns_kept"] += 1
-        remaining = int(1e3 * self._side.config.pool_seconds)
-        self._tell(turn.to, Saved(src=0, dst=0, of=turn.to[1], ticket=turn.ticket.to_bytes(), remaining_ms=remaining))
+        remaining = max(int(1e3 * (turn.until - time.monotonic())), 0)
+        self._tell(turn.to, Saved(src=0, dst=0, of=turn.to[1], ticket=told, remaining_ms=remaining))
 
     def take_notes(self) -> None:
         while self._notes:
             note = self._notes.popleft()
             if isinstance(note, ev.LeaseEnded) and self._slots.drop(note.number):
                 self._forget(note.number, note.reason)
+
+    def forget_all(self, reason: str) -> None:
+        """Also when no step follows that would tell the workers: their pools' agents are asked as readers would."""
+        for number, turn in list(self._turns.items()):
+            if self._slots.drop(number):
+                self._forget(number, reason)
+                self._side.portal.post(self._release, turn.ticket)
+
+    def _release(self, ticket: Ticket) -> None:
+        assert self._agent is not None
+        for rank in self._pools:
+            there = msgspec.structs.replace(ticket, address=rank.address, incarnation=rank.incarnation)
+            self._agent.release(there, whole=True)
 
     def _forget(self, number: int, reason: str) -> None:
         """Nobody may read it any more. One that is being filled stays known until its last rank is done."""

@@ -241,7 +241,8 @@ class PDWorker:
             self._numbers.pop(load.request_id, None)
             error = type(note.error).__name__ if note.error is not None else ""
             if note.outcome == "failed":
-                logger.warning("request %s: load failed: %s", load.request_id, note.error)
+                level = logging.INFO if load.prefix else logging.WARNING
+                logger.log(level, "request %s: load failed: %s", load.request_id, note.error)
             if note.outcome != "done" and load.ticket is not None:
                 # No rank will use what it reads under this ticket, and a pull that got no connection told nobody.
                 if load.follow:  # under whatever epoch it is by now

@@ -10,6 +10,7 @@
 #include "../../csrc/tcp.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -63,6 +64,39 @@ static size_t mutate(unsigned char *bytes, size_t size, size_t room)
     return size;
 }
 
+/* libFuzzer's timer interrupts whoever waits. */
+static bool readable(int fd)
+{
+    struct pollfd bell = {fd, POLLIN, 0};
+    int found;
+    do
+        found = poll(&bell, 1, 20000);
+    while (found < 0 && errno == EINTR);
+    return found == 1;
+}
+
+static int accepted(int from)
+{
+    int fd;
+    do
+        fd = accept4(from, NULL, NULL, SOCK_CLOEXEC);
+    while (fd < 0 && errno == EINTR);
+    return fd;
+}
+
+static bool receive(int fd, void *to, size_t size)
+{
+    for (size_t at = 0; at < size;) {
+        ssize_t got = recv(fd, (char *)to + at, size - at, 0);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return false;
+        at += (size_t)got;
+    }
+    return true;
+}
+
 static void make(pd_transport **out)
 {
     pd_options options = {.threads = 1, .host = "127.0.0.1", .advertise = "127.0.0.1"};
@@ -105,9 +139,10 @@ static uint64_t drain(int fd, uint64_t expected)
     static unsigned char got[1 << 22];
     size_t size = 0;
     for (;;) {
-        struct pollfd readable = {fd, POLLIN, 0};
-        assert(poll(&readable, 1, 20000) == 1);
+        assert(readable(fd));
         ssize_t more = read(fd, got + size, sizeof got - size);
+        if (more < 0 && errno == EINTR)
+            continue;
         if (more <= 0)
             break;
         size += (size_t)more;
@@ -185,25 +220,25 @@ static void *hostile_owner(void *argument)
     state = seed * 0xD1B54A32D192ED03u | 1;
     static unsigned char in[65536], out[ROOM];
     while (!atomic_load(&over)) {
-        int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        int fd = accepted(listener);
         if (fd < 0)
             continue;
         struct linger reset = {1, 0};
         setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
         greeting hello;
-        ssize_t got = recv(fd, &hello, sizeof hello, MSG_WAITALL);
+        bool greeted = receive(fd, &hello, sizeof hello);
         memcpy(hello.instance, where->instance, sizeof hello.instance);
         size_t size = sizeof hello;
         memcpy(out, &hello, size);
         bool going = chance(64);
         if (!going) /* and no more: else the reader would wait for the rest, as it should */
             size = mutate(out, size, size + 8);
-        if (got == sizeof hello)
+        if (greeted)
             send(fd, out, size, MSG_NOSIGNAL);
-        while (going && recv(fd, in, sizeof(request), MSG_WAITALL) == sizeof(request)) {
+        while (going && receive(fd, in, sizeof(request))) {
             request head;
             memcpy(&head, in, sizeof head);
-            if (recv(fd, in, head.pieces * sizeof(wire_piece), MSG_WAITALL) != (ssize_t)(head.pieces * sizeof(wire_piece)))
+            if (!receive(fd, in, head.pieces * sizeof(wire_piece)))
                 break;
             bool refuse = !chance(4);
             answer reply = {head.serial, refuse ? PD_NOT_GRANTED : PD_DONE, refuse ? 20 : head.bytes};
@@ -250,8 +285,7 @@ static uint64_t hostile_owners(uint64_t messages)
             assert(!pd_post_read(reader, peer, &lease, &plan, ++tag, 0));
         pd_completion end;
         do {
-            struct pollfd bell = {pd_fileno(reader), POLLIN, 0};
-            assert(poll(&bell, 1, 20000) == 1);
+            assert(readable(pd_fileno(reader)));
         } while (!pd_poll(reader, &end, 1));
         assert(end.tag == tag);
         bool lost = end.status != PD_DONE && end.status != PD_NOT_GRANTED && end.status != PD_ERROR;
@@ -300,6 +334,8 @@ static void send_all(int fd, const void *bytes, size_t size)
 {
     for (size_t at = 0; at < size;) {
         ssize_t step = send(fd, (const char *)bytes + at, size - at, MSG_NOSIGNAL);
+        if (step < 0 && errno == EINTR)
+            continue;
         if (step <= 0)
             return; /* it hung up */
         at += (size_t)step;
@@ -326,8 +362,7 @@ static pd_status ended(uint64_t tag)
 {
     pd_completion end;
     do {
-        struct pollfd bell = {pd_fileno(input_reader), POLLIN, 0};
-        assert(poll(&bell, 1, 20000) == 1);
+        assert(readable(pd_fileno(input_reader)));
     } while (!pd_poll(input_reader, &end, 1));
     assert(end.tag == tag);
     return end.status;
@@ -343,13 +378,13 @@ static void input_to_reader(const unsigned char *data, size_t size)
     pd_lease lease = {1, 1, CAPABILITY, sizeof CAPABILITY};
     greeting hello;
     assert(!pd_connect(input_reader, ++peer, "owner", (unsigned char *)&input_reader_where, sizeof input_reader_where, ++tag));
-    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-    assert(fd >= 0 && recv(fd, &hello, sizeof hello, MSG_WAITALL) == sizeof hello);
+    int fd = accepted(listener);
+    assert(fd >= 0 && receive(fd, &hello, sizeof hello));
     send_all(fd, &hello, sizeof hello);
     assert(ended(tag) == PD_DONE);
     assert(!pd_post_read(input_reader, peer, &lease, &plan, ++tag, 0));
     request head;
-    assert(recv(fd, &head, sizeof head, MSG_WAITALL) == sizeof head); /* its pieces stay unread */
+    assert(receive(fd, &head, sizeof head)); /* its pieces stay unread */
     send_all(fd, data, size);
     shutdown(fd, SHUT_WR);
     ended(tag);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pd_connector import Config
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.messages import Account, Saved
 from pd_connector.runtime.agent import Agent
@@ -11,11 +12,11 @@ from pd_connector.runtime.portal import Portal
 
 
 class Listener:
-    def __init__(self) -> None:
+    def __init__(self, config: Config | None = None) -> None:
         self.told: list[Account] = []
         self.saved: list[Saved] = []
         self._portal = Portal("listener")
-        self.agent = Agent(on_note=self._noted)
+        self.agent = Agent(config, on_note=self._noted)
         self._portal.call(self.agent.start)
         self.address = self.agent.address
 

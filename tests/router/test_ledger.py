@@ -134,7 +134,7 @@ stamps = st.integers(0, 2**40)
 
 
 @given(
-    st.lists(stamps, min_size=8, max_size=8),
+    st.lists(stamps, min_size=9, max_size=9),
     st.fixed_dictionaries(dict.fromkeys(("arrived", "scheduled", "computed"), stamps)),
     st.fixed_dictionaries(dict.fromkeys(("arrived", "ordered", "announced", "read", "confirmed", "scheduled"), stamps)),
     st.booleans(),
@@ -143,8 +143,20 @@ stamps = st.integers(0, 2**40)
 def test_whatever_is_told_it_adds_up(
     ours: list[int], theirs: dict[str, int], others: dict[str, int], streamed: bool, clock: str
 ) -> None:
-    arrived, began, attempt, sent, answered, decode_sent, first, _ = sorted(ours)
-    here = Legs(arrived, HERE, began, attempt, sent, answered, decode_sent, first, streamed)
+    arrived, began, attempt, sought, found_at, sent, answered, decode_sent, first = sorted(ours)
+    here = Legs(
+        arrived,
+        HERE,
+        began,
+        attempt,
+        sought,
+        found_at,
+        sent,
+        answered,
+        decode_sent,
+        first_token=first,
+        streamed=streamed,
+    )
     found = settle(here, [account(PrefillTimes(**theirs), clock), account(DecodeTimes(**others), clock)])
     assert all(seconds >= 0 for seconds in found.stages.values())
     assert set(found.stages) == set(STAGES)

@@ -196,6 +196,7 @@ async def test_no_attempt_is_streamed_after_one_has_failed(world: World) -> None
 
 async def test_choices_are_streamed_each(world: World) -> None:
     await started(world)
+    world.decode[0].act = upstreams.slow(0.3, upstreams.decode)  # else it has answered before P was asked
     answer = await world.complete(LONG, n=3)
     assert answer.status == 200
     transfers = {transfer_of(body["kv_transfer_params"]) for body in world.prefill[0].bodies}

@@ -16,9 +16,11 @@ from pd_connector.protocol.params import from_params, prefix_of, report_of, to_p
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.router import AgentBroker
 from pd_connector.router.conversations import Conversations, Kept, keys_of
+from pd_connector.router.metrics import RouterMetrics
+from pd_connector.router.turns import Turns
 
 from . import upstreams
-from .conftest import World, eventually
+from .conftest import RecordingBroker, World, eventually
 from .upstreams import Body, Instance
 
 NAMED = {"x_pdc_conversation": "talk 1"}
@@ -28,15 +30,19 @@ def chat(*texts: str) -> list[dict[str, str]]:
     return [{"role": "assistant" if at % 2 else "user", "content": text} for at, text in enumerate(texts)]
 
 
-def returned(number: int) -> dict[str, Any]:
+def returned(number: int) -> bytes:
     ticket = Ticket(
         address="tcp://127.0.0.1:7", incarnation=5, lease=number, epoch=1, capability=bytes(16), blocks=((1, 2),),
         tokens=20, key=b"k", marks=((16, b"m"),),
     )  # fmt: skip
-    return to_params(ticket, request_id="", engine_id="", tp_size=1, pp_size=1)
+    return ticket.to_bytes()
 
 
-def keeping(world: World, answer: dict[str, Any] | None, after: float = 0.0) -> upstreams.Act:
+def as_params(ticket: bytes) -> dict[str, Any]:
+    return to_params(Ticket.from_bytes(ticket), request_id="", engine_id="", tp_size=1, pp_size=1)
+
+
+def keeping(world: World, answer: bytes, after: float = 0.0) -> upstreams.Act:
     """A decode instance that keeps what it is asked to."""
 
     async def act(instance: Instance, request: web.Request, body: Body) -> web.StreamResponse:
@@ -128,7 +134,7 @@ async def test_an_instance_that_never_tells_is_not_waited_for_long(world: World)
 
 async def test_what_was_not_kept(world: World) -> None:
     await started(world)
-    world.decode[0].act = keeping(world, None)
+    world.decode[0].act = keeping(world, b"")
     for _ in range(2):
         await world.post("/v1/completions", {"prompt": "p"}, **NAMED)
     await world.assert_counted('pdc_router_turns_total{outcome="not_kept"}', 2)
@@ -167,7 +173,10 @@ async def test_nobody_is_asked_to_keep_anything(world: World, case: str) -> None
 
 async def test_a_client_cannot_point_a_prefill_at_blocks(world: World) -> None:
     await started(world)
-    evil = {"do_remote_decode": True, "pdc": {"prefix": returned(6), "save": True, "report": {"to": "tcp://evil:1"}}}
+    evil = {
+        "do_remote_decode": True,
+        "pdc": {"prefix": as_params(returned(6)), "save": True, "report": {"to": "tcp://evil:1"}},
+    }
     await world.complete(kv_transfer_params=evil)
     for instance in (world.prefill[0], world.decode[0]):
         assert "evil" not in str(instance.bodies[0])
@@ -194,7 +203,7 @@ def test_keys_of_a_chat() -> None:
     assert keys_of(None, "k", {"messages": [1, None, "x", []]})
 
 
-@given(st.lists(st.tuples(st.sampled_from(["begin", "tell", "nothing", "take", "forget"]), st.integers(0, 5))))
+@given(st.lists(st.tuples(st.sampled_from(["begin", "tell", "end", "nothing", "take", "forget"]), st.integers(0, 5))))
 def test_tickets_are_neither_lost_nor_used_twice(steps: list[tuple[str, int]]) -> None:
     conversations, made, out = Conversations(3), 0, []
     for now, (what, number) in enumerate(steps):
@@ -202,23 +211,27 @@ def test_tickets_are_neither_lost_nor_used_twice(steps: list[tuple[str, int]]) -
         if what == "begin":
             conversations.begin(of, key)
         elif what == "tell":
-            made += 1
-            out += [kept.ticket["n"] for kept in conversations.told(of, Kept({"n": made}, 1e9))]
+            made += of in conversations._awaited
+            out += [kept.ticket for kept in conversations.told(of, Kept(b"%d" % made, 1e9))]
+        elif what == "end":
+            conversations.end(of, now + 2)
         elif what == "nothing":
             assert conversations.told(of, None) == []
         elif what == "forget":
             conversations.forget(of)
         elif (kept := conversations.take([key], now)) is not None:
-            out.append(kept.ticket["n"])
+            out.append(kept)
         assert len(set(out)) == len(out)
         assert len(conversations._kept) == made - len(out) <= 3
         assert len(conversations._awaited) <= 3
+        assert {of for of, _ in conversations._ending.values()} <= set(conversations._awaited)
+        assert conversations._bytes == sum(len(kept.ticket) for kept in conversations._kept.values())
 
 
 def test_an_expired_ticket_is_not_given_out() -> None:
     conversations = Conversations(3)
     conversations.begin(b"o", b"k")
-    conversations.told(b"o", Kept({}, 10.0))
+    conversations.told(b"o", Kept(b"t", 10.0))
     assert conversations.take([b"k"], 11.0) is None
     assert len(conversations) == 0
 
@@ -227,14 +240,75 @@ def test_an_expired_ticket_is_not_given_out() -> None:
 
 
 async def test_an_agent_tells_what_it_kept() -> None:
-    ticket = from_params(returned(8))
     told: list[Any] = []
     async with AgentBroker(Config()) as broker, Agent() as instance:
         broker.listen(lambda *args: told.append(args))
         address = broker.address_for("http://127.0.0.1:1")
-        for content in (ticket.to_bytes(), b"", b"nonsense"):
-            instance.inform(address, Saved(src=0, dst=0, of=bytes(16), ticket=content, remaining_ms=1500, reason="r"))
-        await eventually(lambda: len(told) == 3)
-    assert [found is not None for _, found, _, _ in told] == [True, False, False]
-    assert from_params(told[0][1]) == ticket
-    assert told[0][2:] == (1.5, "r")
+        instance.inform(address, Saved(src=0, dst=0, of=bytes(16), ticket=b"t", remaining_ms=1500, reason="r"))
+        await eventually(lambda: bool(told))
+    assert told == [(bytes(16), b"t", 1.5, "r")]
+
+
+async def test_what_strangers_keep_is_not_even_looked_at(world: World) -> None:
+    """Else they could have the router dial any address, or read tickets all day."""
+    await started(world)
+    await world.post("/v1/completions", {"prompt": "p"}, **NAMED)
+    for content in (returned(1), b"nonsense", bytes(2**20)):
+        world.server_call(lambda content=content: world.broker.saved(b"x" * 16, content, 60.0, ""))
+    await world.post("/v1/completions", {"prompt": "p"}, **NAMED)
+    assert prefix_given(world, 1) is None
+    assert world.broker.released == []
+
+
+async def test_a_ticket_that_is_none(world: World) -> None:
+    await started(world)
+    world.decode[0].act = keeping(world, b"nonsense")
+    for _ in range(2):
+        await world.post("/v1/completions", {"prompt": "p"}, **NAMED)
+        await world.assert_idle()
+    assert prefix_given(world, 1) is None
+
+
+async def test_a_wait_has_one_end_however_many_wait(world: World) -> None:
+    """Turns of one conversation keep ending, and their instance never tells."""
+    await started(world, turn_wait_s=0.4)
+    begun = asyncio.get_running_loop().time()
+    await asyncio.gather(*(world.post("/v1/completions", {"prompt": "p"}, **NAMED) for _ in range(6)))
+    for _ in range(3):
+        await world.post("/v1/completions", {"prompt": "p"}, **NAMED)
+    assert asyncio.get_running_loop().time() - begun < 10
+    ledgers = await (await world.session.get(f"{world.url}/ledger")).json()
+    assert max(ledger["stages_ms"]["turn"] for ledger in ledgers) > 100, "a wait is not the router's own work"
+    assert max(ledger["stages_ms"]["router"] for ledger in ledgers) < 300
+
+
+async def test_those_who_leave_while_they_wait_leave_nothing() -> None:
+    turns = Turns(5, 5.0, RecordingBroker(), RouterMetrics())
+    turns.begin(b"o", [b"k"])
+    turns.end(b"o", done=True)
+    waiting = [asyncio.create_task(turns.take([b"k"])) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    assert not turns._waiting
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_prefill_that_answers_an_error_for_what_is_gone(world: World, streamed: bool) -> None:
+    """vLLM's default is to fail where a load fails; the only prefill instance is asked again, without the prefix."""
+    await started(world, retries=1)
+    world.decode[0].act = keeping(world, returned(4))
+    await world.post("/v1/completions", {"prompt": "p"}, **NAMED)
+    await world.assert_counted('pdc_router_turns_total{outcome="kept"}', 1)
+    world.prefill[0].script.append(upstreams.status(500))
+    assert (await world.post("/v1/completions", {"prompt": "p", "stream": streamed}, **NAMED)).status == 200
+    assert [prefix_given(world, turn) for turn in range(3)] == [None, 4, None]
+
+
+async def test_a_chat_that_is_nested_too_deeply(world: World) -> None:
+    await world.start()
+    deep = b'{"model":"m","messages":' + b"[" * 800 + b"]" * 800 + b"}"
+    answer = await world.post("/v1/chat/completions", deep)
+    assert answer.status == 400
+    assert b"nested too deeply" in answer.content
