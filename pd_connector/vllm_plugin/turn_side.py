@@ -62,6 +62,8 @@ class TurnSide:
         """The pools of all ranks, in order; none when nothing is to be kept."""
         if not pools:
             return
+        if any(self._side.late):
+            logger.warning("pool_bytes is of no use here: this model has windows or states, whose turns are not kept")
         self._slots = Slots(min(pool.slots for pool in pools))
         self._pools = tuple(pools)
         config = msgspec.structs.replace(self._side.config, port=0)

@@ -10,8 +10,8 @@
 #include "../../csrc/tcp.h"
 
 #include <arpa/inet.h>
-#include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,39 +64,6 @@ static size_t mutate(unsigned char *bytes, size_t size, size_t room)
     return size;
 }
 
-/* libFuzzer's timer interrupts whoever waits. */
-static bool readable(int fd)
-{
-    struct pollfd bell = {fd, POLLIN, 0};
-    int found;
-    do
-        found = poll(&bell, 1, 20000);
-    while (found < 0 && errno == EINTR);
-    return found == 1;
-}
-
-static int accepted(int from)
-{
-    int fd;
-    do
-        fd = accept4(from, NULL, NULL, SOCK_CLOEXEC);
-    while (fd < 0 && errno == EINTR);
-    return fd;
-}
-
-static bool receive(int fd, void *to, size_t size)
-{
-    for (size_t at = 0; at < size;) {
-        ssize_t got = recv(fd, (char *)to + at, size - at, 0);
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0)
-            return false;
-        at += (size_t)got;
-    }
-    return true;
-}
-
 static void make(pd_transport **out)
 {
     pd_options options = {.threads = 1, .host = "127.0.0.1", .advertise = "127.0.0.1"};
@@ -139,10 +106,9 @@ static uint64_t drain(int fd, uint64_t expected)
     static unsigned char got[1 << 22];
     size_t size = 0;
     for (;;) {
-        assert(readable(fd));
+        struct pollfd readable = {fd, POLLIN, 0};
+        assert(poll(&readable, 1, 20000) == 1);
         ssize_t more = read(fd, got + size, sizeof got - size);
-        if (more < 0 && errno == EINTR)
-            continue;
         if (more <= 0)
             break;
         size += (size_t)more;
@@ -220,25 +186,25 @@ static void *hostile_owner(void *argument)
     state = seed * 0xD1B54A32D192ED03u | 1;
     static unsigned char in[65536], out[ROOM];
     while (!atomic_load(&over)) {
-        int fd = accepted(listener);
+        int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         if (fd < 0)
             continue;
         struct linger reset = {1, 0};
         setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
         greeting hello;
-        bool greeted = receive(fd, &hello, sizeof hello);
+        ssize_t got = recv(fd, &hello, sizeof hello, MSG_WAITALL);
         memcpy(hello.instance, where->instance, sizeof hello.instance);
         size_t size = sizeof hello;
         memcpy(out, &hello, size);
         bool going = chance(64);
         if (!going) /* and no more: else the reader would wait for the rest, as it should */
             size = mutate(out, size, size + 8);
-        if (greeted)
+        if (got == sizeof hello)
             send(fd, out, size, MSG_NOSIGNAL);
-        while (going && receive(fd, in, sizeof(request))) {
+        while (going && recv(fd, in, sizeof(request), MSG_WAITALL) == sizeof(request)) {
             request head;
             memcpy(&head, in, sizeof head);
-            if (!receive(fd, in, head.pieces * sizeof(wire_piece)))
+            if (recv(fd, in, head.pieces * sizeof(wire_piece), MSG_WAITALL) != (ssize_t)(head.pieces * sizeof(wire_piece)))
                 break;
             bool refuse = !chance(4);
             answer reply = {head.serial, refuse ? PD_NOT_GRANTED : PD_DONE, refuse ? 20 : head.bytes};
@@ -285,7 +251,8 @@ static uint64_t hostile_owners(uint64_t messages)
             assert(!pd_post_read(reader, peer, &lease, &plan, ++tag, 0));
         pd_completion end;
         do {
-            assert(readable(pd_fileno(reader)));
+            struct pollfd bell = {pd_fileno(reader), POLLIN, 0};
+            assert(poll(&bell, 1, 20000) == 1);
         } while (!pd_poll(reader, &end, 1));
         assert(end.tag == tag);
         bool lost = end.status != PD_DONE && end.status != PD_NOT_GRANTED && end.status != PD_ERROR;
@@ -334,8 +301,6 @@ static void send_all(int fd, const void *bytes, size_t size)
 {
     for (size_t at = 0; at < size;) {
         ssize_t step = send(fd, (const char *)bytes + at, size - at, MSG_NOSIGNAL);
-        if (step < 0 && errno == EINTR)
-            continue;
         if (step <= 0)
             return; /* it hung up */
         at += (size_t)step;
@@ -362,7 +327,8 @@ static pd_status ended(uint64_t tag)
 {
     pd_completion end;
     do {
-        assert(readable(pd_fileno(input_reader)));
+        struct pollfd bell = {pd_fileno(input_reader), POLLIN, 0};
+        assert(poll(&bell, 1, 20000) == 1);
     } while (!pd_poll(input_reader, &end, 1));
     assert(end.tag == tag);
     return end.status;
@@ -378,13 +344,13 @@ static void input_to_reader(const unsigned char *data, size_t size)
     pd_lease lease = {1, 1, CAPABILITY, sizeof CAPABILITY};
     greeting hello;
     assert(!pd_connect(input_reader, ++peer, "owner", (unsigned char *)&input_reader_where, sizeof input_reader_where, ++tag));
-    int fd = accepted(listener);
-    assert(fd >= 0 && receive(fd, &hello, sizeof hello));
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    assert(fd >= 0 && recv(fd, &hello, sizeof hello, MSG_WAITALL) == sizeof hello);
     send_all(fd, &hello, sizeof hello);
     assert(ended(tag) == PD_DONE);
     assert(!pd_post_read(input_reader, peer, &lease, &plan, ++tag, 0));
     request head;
-    assert(receive(fd, &head, sizeof head)); /* its pieces stay unread */
+    assert(recv(fd, &head, sizeof head, MSG_WAITALL) == sizeof head); /* its pieces stay unread */
     send_all(fd, data, size);
     shutdown(fd, SHUT_WR);
     ended(tag);
@@ -400,12 +366,18 @@ static void input_to_reader(const unsigned char *data, size_t size)
 int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size);
 int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size)
 {
+    /* libFuzzer's timer interrupts whoever waits, and every wait here has an end of its own. */
+    sigset_t timer;
+    sigemptyset(&timer);
+    sigaddset(&timer, SIGALRM);
+    pthread_sigmask(SIG_BLOCK, &timer, NULL);
     if (!input_owner)
         prepare();
     if (size && data[0] & 1)
         input_to_reader(data + 1, size - 1);
     else if (size)
         input_to_owner(data + 1, size - 1);
+    pthread_sigmask(SIG_UNBLOCK, &timer, NULL);
     return 0;
 }
 

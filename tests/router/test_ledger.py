@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from hypothesis import given
@@ -13,13 +14,15 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from rich.console import Console
 
 from pd_connector import Agent, Config
-from pd_connector.errors import LocalProtocolError
+from pd_connector.errors import ConfigError, LocalProtocolError
 from pd_connector.protocol.messages import Account, DecodeTimes, PrefillTimes
 from pd_connector.protocol.params import report_of, with_report
 from pd_connector.router import AgentBroker
 from pd_connector.router.ledger import STAGES, Legs, settle
+from pd_connector.router.show import fetch, table
 from pd_connector.runtime.clock import clock_id, stamp
 
 from . import upstreams
@@ -216,12 +219,53 @@ async def test_the_ledger_is_behind_the_key_and_bounded(world: World) -> None:
     await world.start(api_key="k")
     async with world.session.get(f"{world.url}/ledger") as response:
         assert response.status == 401
-    for count in ("0", "-1", "x", "1025", "9" * 50):
+    for count in ("0", "-1", "x", "1025", "9" * 50, "1" * 5000):
         async with world.session.get(
             f"{world.url}/ledger?n={count}", headers={"Authorization": "Bearer k"}
         ) as response:
             assert response.status == 400, count
             assert "1 to 1024" in (await response.json())["error"]["message"]
+
+
+ROW = (
+    b'{"request_id":"r","hand_over":"h","ttft_ms":1,"stages_ms":{},"unaccounted_ms":0,"tokens":{"loaded":1},'
+    b'"missing":[]}'
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-x\r\n", b"", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n[",
+        *(b"HTTP/1.0 200 OK\r\n\r\n" + body for body in (
+            b"x", b"{}", b"[1]", b"[{}]", b"[" * 100000, ROW, b"[" + ROW.replace(b"1,", b"null,") + b"]", b"\xff",
+        )),
+        b"HTTP/1.0 503 No\r\n\r\nnot now",
+    ],
+)  # fmt: skip
+async def test_who_is_no_router_is_told_so(answer: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(ConfigError, match=r"no ledger from|answered 503"):
+        await asyncio.to_thread(fetch, f"http://127.0.0.1:{port}", 5, None)
+    server.close()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://a b", "http://127.0.0.1:1", "ftp://127.0.0.1:1", "http://[::1"])
+def test_addresses_of_nobody(url: str) -> None:
+    with pytest.raises(ConfigError, match="give the address of a pdc router"):
+        fetch(url, 5, None)
+
+
+def test_a_table_of_what_little_there_is() -> None:
+    console = Console(width=200, record=True)
+    console.print(table(msgspec.json.decode(b"[" + ROW + b"]")))
+    assert "1/None" in console.export_text()
 
 
 # --- the broker's agent -----------------------------------------------------------------------------------------------
