@@ -41,6 +41,7 @@ FIELDS: dict[type[m.Message], dict[str, Any]] = {
     m.Await: {"capability": CAPABILITY},
     m.Granted: {"capability": CAPABILITY, "held": True, "lease": 7, "epoch": 2, "tokens": 9, "key": b"k", "groups": 2},
     m.Renounce: {"capability": CAPABILITY},
+    m.Saved: {"of": CAPABILITY, "ticket": b"a ticket", "remaining_ms": 600_000, "reason": "none"},
     m.Account: {"of": CAPABILITY, "clock": "boot", "times": m.DecodeTimes(arrived=2**63, read=5, loaded=9)},
     m.Commit: {
         **LEASE,

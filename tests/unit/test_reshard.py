@@ -154,6 +154,7 @@ def every_range(job: tuple[int, int, int]) -> int:
     return tokens - first
 
 
+@pytest.mark.timeout(300)  # about a minute of two processors, which others may want as well
 def test_every_token_range_in_three_large_blocks() -> None:
     jobs = [(a, b, first) for a, b in BLOCK_PAIRS for first in range(3 * max(a, b))]
     expected = sum(n * (n + 1) // 2 for n in (3 * max(pair) for pair in BLOCK_PAIRS))
