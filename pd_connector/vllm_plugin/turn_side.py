@@ -159,7 +159,8 @@ class TurnSide:
 
     def saved(self, number: int, done: bool) -> None:
         """One rank's copy has ended."""
-        turn = self._turns[number]
+        if (turn := self._turns.get(number)) is None:
+            return  # given up meanwhile
         turn.missing -= 1
         turn.complete = turn.complete and done
         if not turn.missing:
