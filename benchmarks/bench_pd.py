@@ -201,16 +201,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         rows = measure(arguments.rounds, not arguments.without_nixl, Path(directory))
-    path = machine.write("pd", rows)
-    if arguments.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print(row["case"])
-        for key, value in row.items():
-            if key != "case":
-                print(f"    {key:30} {value}")
-    print(f"written to {path}")
+    machine.report("pd", rows, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -122,16 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         rows = measure(arguments.rounds, Path(directory))
-    path = machine.write("turns", rows)
-    if arguments.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print(row["case"])
-        for key, value in row.items():
-            if key != "case":
-                print(f"    {key:30} {value}")
-    print(f"written to {path}")
+    machine.report("turns", rows, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -50,5 +50,19 @@ def write(name: str, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+def report(name: str, rows: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    """Write rows, each with a "case", and print them."""
+    path = write(name, rows)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(row["case"])
+        for key, value in row.items():
+            if key != "case":
+                print(f"    {key:30} {value}")
+    print(f"written to {path}")
+
+
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines()

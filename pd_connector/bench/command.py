@@ -14,8 +14,10 @@ from typing import Any
 from pd_connector.bench import veth
 from pd_connector.bench.arguments import MIB, SMALL_CHUNK_MIB
 from pd_connector.bench.case import Case
+from pd_connector.bench.plot import plot
 from pd_connector.bench.transfer import Beside, limits_of, measure
 from pd_connector.errors import ConfigError, TransportUnavailable
+from pd_connector.figure import load_pyplot
 from pd_connector.transport.registry import load
 
 
@@ -78,20 +80,12 @@ def line(row: dict[str, Any]) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
-        _plotter()
+        load_pyplot()
         path = arguments.plot.absolute()
         if path.suffix not in (".png", ".svg", ".pdf") or not os.access(path.parent, os.W_OK):
             raise ConfigError(f"--plot {arguments.plot} cannot be written: name a .png, .svg or .pdf in your folder")
     with veth.pair() if arguments.scope == "veth" else contextlib.nullcontext():
         found = list(rows(arguments))
     if arguments.plot is not None:
-        _plotter()(found, arguments.plot)
+        plot(found, arguments.plot)
     return 0
-
-
-def _plotter() -> Any:
-    try:
-        from pd_connector.bench.plot import plot
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--plot needs {error.name!r}: pip install 'pd-connector[bench]'") from None
-    return plot

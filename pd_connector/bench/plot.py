@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from pd_connector.errors import ConfigError
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from pd_connector.figure import load_pyplot, save_figure
 
 SERIES = ("t1", "t2", "nt1", "nt2", "lanes", "iperf3", "nixl_default", "nixl_tuned", "mooncake_default")
 """In a fixed order, so that each has its colour in every panel."""
@@ -25,17 +20,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for row in rows:
         title = f"{row['transport']}, {row['scope']}, {row['memory']}, {row['pages']} pages, {row['threads']} threads"
         panels.setdefault(title + (", pinned" if row["pin"] else ""), []).append(row)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
+    figure, axes = load_pyplot().subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
     for axis, (title, some) in zip(axes[0], panels.items(), strict=True):
         _panel(axis, sorted(some, key=lambda row: int(row["chunk_bytes"])))
         axis.set_title(title, fontsize=9)
     axes[0][0].set_ylabel("GB/s (median; bar: min to max)")
-    figure.tight_layout()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from None
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:

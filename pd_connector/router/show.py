@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pd_connector.errors import ConfigError
+from pd_connector.figure import load_pyplot, save_figure
 from pd_connector.router.ledger import STAGES
 
 _SECONDS = 10.0
@@ -76,14 +77,7 @@ def table(ledgers: Sequence[Mapping[str, Any]]) -> Table:
 
 def plot(ledgers: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A bar per choice, made of its stages. Raises ConfigError."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ConfigError("--plot needs 'matplotlib': pip install 'pd-connector[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(max(6.0, 0.12 * len(ledgers) + 4), 4.5))
+    figure, axis = load_pyplot().subplots(figsize=(max(6.0, 0.12 * len(ledgers) + 4), 4.5))
     floor = [0.0] * len(ledgers)
     for number, column in enumerate(_COLUMNS):
         heights = [_values(ledger)[1 + number] for ledger in ledgers]
@@ -93,12 +87,7 @@ def plot(ledgers: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set_xlabel("choices, newest last")
     axis.set_ylabel("time to first token, ms")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from None
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _values(ledger: Mapping[str, Any]) -> list[float]:

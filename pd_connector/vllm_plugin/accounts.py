@@ -22,6 +22,7 @@ class _Open:
 
     times: Times
     report: tuple[str, bytes] | None
+    cached: int = 0
 
 
 class Accounts:
@@ -54,6 +55,7 @@ class Accounts:
         """Its blocks exist; so many tokens were here before, so many more are to be loaded."""
         if (known := self._open.get(request_id)) is None:
             return
+        known.cached = cached
         if isinstance(known.times, DecodeTimes):
             known.times = replace(known.times, ordered=stamp(), cached=cached, expected=expected)
         else:
@@ -84,9 +86,9 @@ class Accounts:
 
     def _first_scheduled(self, known: _Open, computed: int) -> None:
         times = known.times
-        cached = times.cached if isinstance(times, DecodeTimes) else 0
         # The last prompt token is computed in any case, also when it was loaded.
-        loaded = times.expected if computed >= times.prompt - 1 else max(0, min(computed - cached, times.expected))
+        whole = computed >= times.prompt - 1
+        loaded = times.expected if whole else max(0, min(computed - known.cached, times.expected))
         known.times = replace(times, scheduled=times.scheduled or stamp(), loaded=loaded)
 
     def measured(self, clock: str, forwards: Iterable[tuple[str, int]], loads: Iterable[Mapping[str, Any]]) -> None:
