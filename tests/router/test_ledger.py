@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import msgspec
 import pytest
 from aiohttp import web
@@ -23,6 +27,7 @@ from pd_connector.protocol.params import report_of, with_report
 from pd_connector.router import AgentBroker
 from pd_connector.router.ledger import STAGES, Legs, settle
 from pd_connector.router.show import fetch, table
+from pd_connector.router.tracing import export_to
 from pd_connector.runtime.clock import clock_id, stamp
 
 from . import upstreams
@@ -361,3 +366,38 @@ async def test_a_span_says_that_it_failed(world: World, exported: InMemorySpanEx
     await eventually(lambda: bool(exported.get_finished_spans()))
     (span,) = exported.get_finished_spans()
     assert span.status.status_code is trace.StatusCode.ERROR
+
+
+EXPORTS = """
+import sys
+from pd_connector.router.tracing import Trace, export_to
+export_to(sys.argv[1])
+Trace({}).end({"prefill": "P"}, None)
+from opentelemetry import trace
+assert trace.get_tracer_provider().force_flush(10000)
+"""
+
+
+def test_spans_reach_a_collector() -> None:
+    """Over real gRPC; in a process of its own, for a tracer provider is set once."""
+    received: list[bytes] = []
+    service = "opentelemetry.proto.collector.trace.v1.TraceService"
+
+    def export(request: bytes, _: grpc.ServicerContext) -> bytes:
+        received.append(request)
+        return b""
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    handlers = {"Export": grpc.unary_unary_rpc_method_handler(export)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    subprocess.run([sys.executable, "-c", EXPORTS, f"http://127.0.0.1:{port}"], check=True, timeout=60)
+    server.stop(None)
+    assert b"pdc.hand_over" in b"".join(received)
+    assert b"pdc-router" in b"".join(received)
+
+
+def test_an_endpoint_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="is a URL such as"):
+        export_to("127.0.0.1:4317")
