@@ -46,11 +46,13 @@ async def started(world: World, **settings: Any) -> World:
         assert (await world.complete()).headers["x-pdc-hand-over"].startswith("sequential: about 1 tokens")
     world.decode[0].bodies.clear()
     world.prefill[0].bodies.clear()
+    world.prefill[0].arrived.clear()
     return world
 
 
 async def test_a_long_prompt_goes_to_both_at_once(world: World) -> None:
     await started(world)
+    world.decode[0].script.append(upstreams.after(world.prefill[0], upstreams.decode))
     answer = await world.complete(LONG)
     assert answer.status == 200
     assert answer.headers["x-pdc-hand-over"] == "streamed: about 3000 tokens"
@@ -93,7 +95,7 @@ async def test_a_busy_prefill_instance_gets_one_leg_after_the_other(world: World
 async def test_prefill_fails_and_decode_answers_all_the_same(world: World, failure: upstreams.Act) -> None:
     await started(world)
     world.prefill[0].script.append(failure)
-    world.decode[0].script.append(upstreams.slow(0.3, upstreams.decode))
+    world.decode[0].script.append(upstreams.after(world.prefill[0], upstreams.decode))
     answer = await world.complete(LONG)
     assert answer.status == 200
     (renounced,) = world.broker.renounced
@@ -105,7 +107,7 @@ async def test_prefill_answers_from_another_address(world: World) -> None:
     """It was restarted, and D asks where nobody is."""
     await started(world)
     world.prefill[0].script.append(prefill_with(port=1))
-    world.decode[0].script.append(upstreams.slow(0.3, upstreams.decode))
+    world.decode[0].script.append(upstreams.after(world.prefill[0], upstreams.decode))
     assert (await world.complete(LONG)).status == 200
     assert len(world.broker.renounced) == 1
     world.prefill[0].act = prefill_with(port=1)

@@ -133,6 +133,19 @@ def slow(seconds: float, then: Act) -> Act:
     return act
 
 
+def after(first: Instance, then: Act) -> Act:
+    """``then`` once ``first`` has answered something and is at rest: of two legs at once, this one ends last."""
+
+    async def act(instance: Instance, request: web.Request, body: Body) -> web.StreamResponse:
+        await first.arrived.wait()
+        while first.running:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # its answer is on its way to the router
+        return await then(instance, request, body)
+
+    return act
+
+
 # --- acts of a decode instance
 
 
