@@ -25,6 +25,7 @@ typedef struct {
 } pd_piece;
 
 typedef struct {
+    uint64_t tag; /* of its read */
     const pd_lease *lease;
     const pd_piece *pieces;
     size_t count;
@@ -36,15 +37,17 @@ typedef struct pd_taken pd_taken;
 
 typedef struct pd_backend {
     const char *name;
+    int (*probe)(void); /* 0, or why it cannot work here; NULL: it works everywhere */
     /* A backend's own state of a transport; NULL after an error. `core` is for the calls below. */
     void *(*open)(pd_transport *core, const pd_options *options);
     void (*close)(void *own);
     int (*describe)(void *own, unsigned char *out, size_t room);
+    int (*counters)(void *own, pd_counter *out, int room); /* NULL: none */
     /* Owner's side, one call at a time. A backend keeps the memory with pd_retain, if it needs it. */
     int (*publish)(void *own, pd_memory *memory);
     int (*grant)(void *own, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups);
     void (*revoke)(void *own, uint64_t number, uint64_t epoch);
-    int (*can_reach)(const unsigned char *remote, size_t bytes);
+    int (*can_reach)(void *own, const unsigned char *remote, size_t bytes);
     /* Reader's side, of a backend whose slices are copied by threads of the core. `connect` makes the backend's state of
      * a peer and may take a while; NULL after an error. */
     void *(*connect)(const unsigned char *remote, size_t bytes);
@@ -52,6 +55,9 @@ typedef struct pd_backend {
     /* Copy a slice. Only PD_DONE says that it is whole; on return nothing of it writes any more. Any thread, several at
      * once. Words about what went wrong by pd_fail. */
     pd_status (*read)(void *peer, const pd_slice *slice);
+    /* PD_SLICE_BYTES that its reads can write to, for slices of short runs; the backend's for as long as it lives. Called
+     * under the core's lock. NULL after an error; no such function: any memory will do. */
+    unsigned char *(*buffer)(void *own);
     /* Reader's side, of a backend with threads of its own, instead of `read`. `dial` starts to connect and ends with
      * pd_dialled; NULL after an error. `wake`: there is a slice to take, or one to give back because its read ended.
      * `stop` ends the threads, and every slice is given back before it returns. */
@@ -73,7 +79,7 @@ void pd_retain(pd_memory *memory);
 void pd_release(pd_memory *memory);
 void pd_pin(const pd_options *options, int index); /* the calling thread, which is the index-th, to its processors */
 
-extern const pd_backend pd_shm, pd_tcp;
+extern const pd_backend pd_shm, pd_tcp, pd_verbs;
 
 /* Set what pd_last_error says; returns -error. */
 int pd_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -9,7 +9,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-static const pd_backend *const backends[] = {&pd_shm, &pd_tcp};
+static const pd_backend *const backends[] = {&pd_shm, &pd_tcp, &pd_verbs};
 
 static _Thread_local char last_error[PD_MAX_WORDS];
 
@@ -29,37 +29,49 @@ int pd_fail(int error, const char *format, ...)
 
 /* --- the interface ------------------------------------------------------------------------------------------------ */
 
+static const pd_backend *find(const char *name)
+{
+    for (size_t i = 0; i < sizeof backends / sizeof *backends; i++)
+        if (!strcmp(backends[i]->name, name))
+            return backends[i];
+    return pd_fail(ENOENT, "there is no backend %s", name), NULL;
+}
+
+int pd_probe(const char *name)
+{
+    const pd_backend *found = find(name);
+    return !found ? -ENOENT : found->probe ? found->probe() : 0;
+}
+
 int pd_open(const char *backend, const pd_options *options, pd_transport **out)
 {
-    for (size_t i = 0; i < sizeof backends / sizeof *backends; i++) {
-        if (strcmp(backends[i]->name, backend))
-            continue;
-        pd_transport *made = calloc(1, sizeof *made);
-        if (!made)
-            return pd_fail(ENOMEM, "no memory");
-        made->backend = backends[i];
-        made->options = *options;
-        made->options.threads = options->threads < 1 ? 1 : options->threads > MAX_THREADS ? MAX_THREADS : options->threads;
-        made->cpus = duplicate(options->cpus, options->num_cpus, sizeof *options->cpus);
-        made->options.cpus = made->cpus;
-        made->memory = memory_make(NULL, 0, NULL, 0);
-        made->done_tail = &made->done;
-        made->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-        pthread_mutex_init(&made->lock, NULL);
-        pthread_mutex_init(&made->owner_lock, NULL);
-        pthread_cond_init(&made->work, NULL);
-        if (!made->cpus || !made->memory || made->bell < 0)
-            pd_fail(errno ? errno : ENOMEM, "cannot open %s: %s", backend, strerror(errno));
-        else
-            made->own = made->backend->open(made, &made->options);
-        if (!made->own) {
-            pd_close(made);
-            return -EIO;
-        }
-        *out = made;
-        return 0;
+    const pd_backend *found = find(backend);
+    if (!found)
+        return -ENOENT;
+    pd_transport *made = calloc(1, sizeof *made);
+    if (!made)
+        return pd_fail(ENOMEM, "no memory");
+    made->backend = found;
+    made->options = *options;
+    made->options.threads = options->threads < 1 ? 1 : options->threads > MAX_THREADS ? MAX_THREADS : options->threads;
+    made->cpus = duplicate(options->cpus, options->num_cpus, sizeof *options->cpus);
+    made->options.cpus = made->cpus;
+    made->memory = memory_make(NULL, 0, NULL, 0);
+    made->done_tail = &made->done;
+    made->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    pthread_mutex_init(&made->lock, NULL);
+    pthread_mutex_init(&made->owner_lock, NULL);
+    pthread_cond_init(&made->work, NULL);
+    if (!made->cpus || !made->memory || made->bell < 0)
+        pd_fail(errno ? errno : ENOMEM, "cannot open %s: %s", backend, strerror(errno));
+    else
+        made->own = made->backend->open(made, &made->options);
+    if (!made->own) {
+        pd_close(made);
+        return -EIO;
     }
-    return pd_fail(ENOENT, "there is no backend %s", backend);
+    *out = made;
+    return 0;
 }
 
 void pd_close(pd_transport *transport)
@@ -89,7 +101,8 @@ void pd_close(pd_transport *transport)
     pthread_mutex_unlock(&transport->lock);
     for (pd_taken *each = transport->unused, *next; each; each = next) {
         next = each->next;
-        free(each->buffer);
+        if (!transport->backend->buffer)
+            free(each->buffer);
         free(each);
     }
     free(transport->tags.entries);
@@ -117,9 +130,14 @@ int pd_describe(pd_transport *transport, unsigned char *out, size_t room)
     return transport->backend->describe(transport->own, out, room);
 }
 
+int pd_counters(pd_transport *transport, pd_counter *out, int room)
+{
+    return transport->backend->counters ? transport->backend->counters(transport->own, out, room) : 0;
+}
+
 int pd_can_reach(pd_transport *transport, const unsigned char *remote, size_t bytes)
 {
-    return transport->backend->can_reach(remote, bytes);
+    return transport->backend->can_reach(transport->own, remote, bytes);
 }
 
 int pd_register(pd_transport *transport, const pd_region *regions, size_t num_regions, const pd_grid *grids,

@@ -70,7 +70,7 @@ struct pd_taken {
         const pd_pattern *pattern;
         unsigned char *dst; /* where the pattern's first run goes */
     } span[PD_SLICE_PIECES];
-    unsigned char *buffer; /* PD_SLICE_BYTES; made when first needed */
+    unsigned char *buffer; /* PD_SLICE_BYTES; made when first needed, by the backend if it must be special */
 };
 
 struct pd_transport {
@@ -100,7 +100,7 @@ void *duplicate(const void *data, size_t count, size_t size);
 pd_memory *memory_make(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
 int check_grids(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
 int check_plan(const pd_memory *memory, const op *read, uint64_t *total);
-uint64_t cut(op *read, pd_taken *taken, pd_piece *pieces, size_t *count);
+uint64_t cut(pd_transport *transport, op *read, pd_taken *taken, pd_piece *pieces, size_t *count);
 void scatter(const pd_taken *taken);
 
 /* reads.c, all under the lock */

@@ -51,19 +51,45 @@ static PyObject *result(int error)
     return NULL;
 }
 
+/* None, or the words of the call that failed. */
+static PyObject *reason(int error)
+{
+    return error ? PyUnicode_DecodeUTF8(pd_last_error(), (Py_ssize_t)strlen(pd_last_error()), "replace") : Py_NewRef(Py_None);
+}
+
+static PyObject *probe(PyObject *self, PyObject *backend)
+{
+    (void)self;
+    PyObject *bytes = PyUnicode_AsUTF8String(backend);
+    const char *name = bytes ? PyBytes_AsString(bytes) : NULL;
+    int error = 0;
+    if (name) {
+        Py_BEGIN_ALLOW_THREADS
+        error = pd_probe(name);
+        Py_END_ALLOW_THREADS
+    }
+    Py_XDECREF(bytes);
+    return name ? reason(error) : NULL;
+}
+
 static PyObject *open_(PyObject *self, PyObject *args)
 {
     (void)self;
     const char *backend;
-    Py_buffer cpus;
+    Py_buffer cpus, settings;
     pd_options options = {0};
-    if (!PyArg_ParseTuple(args, "siy*pssi:open", &backend, &options.threads, &cpus, &options.pin, &options.host,
-                          &options.advertise, &options.port))
+    if (!PyArg_ParseTuple(args, "siy*pssiy*:open", &backend, &options.threads, &cpus, &options.pin, &options.host,
+                          &options.advertise, &options.port, &settings))
         return NULL;
+    options.settings = settings.buf, options.settings_bytes = (size_t)settings.len;
     options.cpus = cpus.buf;
     options.num_cpus = (size_t)cpus.len / sizeof(int);
     pd_transport *made = NULL;
-    int error = pd_open(backend, &options, &made);
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = pd_open(backend, &options, &made);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&settings);
     PyBuffer_Release(&cpus);
     return error ? result(error) : PyCapsule_New(made, CAPSULE, NULL);
 }
@@ -140,7 +166,27 @@ static PyObject *can_reach(PyObject *self, PyObject *args)
     PyBuffer_Release(&remote);
     if (!transport)
         return NULL;
-    return error ? PyUnicode_DecodeUTF8(pd_last_error(), (Py_ssize_t)strlen(pd_last_error()), "replace") : Py_NewRef(Py_None);
+    return reason(error);
+}
+
+enum { MAX_COUNTERS = 64 };
+
+static PyObject *counters(PyObject *self, PyObject *capsule)
+{
+    (void)self;
+    pd_counter found[MAX_COUNTERS];
+    pd_transport *transport = transport_of(capsule);
+    PyObject *made = transport ? PyDict_New() : NULL;
+    int count = made ? pd_counters(transport, found, MAX_COUNTERS) : 0;
+    for (int i = 0; i < count; i++) {
+        PyObject *value = PyLong_FromUnsignedLongLong(found[i].value);
+        if (!value || PyDict_SetItemString(made, found[i].name, value))
+            Py_CLEAR(made);
+        Py_XDECREF(value);
+        if (!made)
+            return NULL;
+    }
+    return made;
 }
 
 static PyObject *register_(PyObject *self, PyObject *args)
@@ -341,7 +387,10 @@ static PyMethodDef methods[] = {
     {"copy", copy, METH_VARARGS, "copy(dst, src): bytes between contiguous buffers of one length that do not overlap."},
     {"copiers", copiers, METH_NOARGS, "copiers() -> names of those that run on this processor, best first"},
     {"limits", limits, METH_VARARGS, "limits(chunk, chunks, huge) -> GB/s (memcpy by 1, 2 threads; streaming by 1, 2)"},
-    {"open", open_, METH_VARARGS, "open(backend, threads, cpus as ints, pin, host, advertise, port) -> handle"},
+    {"probe", probe, METH_O, "probe(backend) -> why it cannot work here, or None"},
+    {"open", open_, METH_VARARGS,
+     "open(backend, threads, cpus as ints, pin, host, advertise, port, settings of the backend) -> handle"},
+    {"counters", counters, METH_O, "counters(handle) -> {name: count}"},
     {"tcp_lanes", tcp_lanes, METH_VARARGS, "tcp_lanes(cpus as ints, most) -> [(lanes, GB/s over the loopback)]"},
     {"close", close_, METH_O, "close(handle)"},
     {"fileno", fileno_, METH_O, "fileno(handle) -> int"},

@@ -34,10 +34,12 @@ typedef enum { PD_DONE, PD_CANCELLED, PD_NOT_GRANTED, PD_PEER_LOST, PD_ERROR } p
 
 typedef struct {
     uint64_t address, length;
-    int32_t fd; /* of the memfd that the region lies in, or -1 */
-    uint32_t reserved;
-    uint64_t fd_offset, fd_length; /* where in it the region starts; bytes of the whole memfd */
+    int32_t fd; /* of the memfd or the dma-buf that the region lies in, or -1 */
+    uint32_t flags;
+    uint64_t fd_offset, fd_length; /* where in it the region starts; bytes of the whole of it */
 } pd_region;
+
+enum { PD_READ_ONLY = 1, PD_DMA_BUF = 2 }; /* flags of a region: its pages may not be written; `fd` is a dma-buf's */
 
 typedef struct { /* in canonical order */
     uint32_t region, group;
@@ -90,10 +92,18 @@ typedef struct {
     int pin; /* a thread is given one of them, in turn, instead of all */
     const char *host, *advertise; /* numeric addresses to listen at and to tell peers; of backends on the network */
     int port;                     /* 0: any free one */
+    const void *settings;         /* of one backend alone, as its header says */
+    size_t settings_bytes;
 } pd_options;
+
+typedef struct {
+    char name[32];
+    uint64_t value;
+} pd_counter;
 
 const char *pd_last_error(void); /* of this thread's last call that failed */
 
+int pd_probe(const char *backend); /* can it be opened here at all? */
 int pd_open(const char *backend, const pd_options *options, pd_transport **out);
 void pd_close(pd_transport *transport);
 int pd_describe(pd_transport *transport, unsigned char *out, size_t room); /* bytes written */
@@ -115,5 +125,6 @@ int pd_cancel(pd_transport *transport, uint64_t tag);
 int pd_fence(pd_transport *transport, uint64_t peer, uint64_t tag);
 int pd_poll(pd_transport *transport, pd_completion *out, int limit); /* completions written */
 int pd_fileno(const pd_transport *transport); /* readable while pd_poll has something */
+int pd_counters(pd_transport *transport, pd_counter *out, int room); /* how many there are; most backends have none */
 
 #endif

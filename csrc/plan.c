@@ -179,6 +179,8 @@ static uint64_t cut_runs(op *read, pd_taken *taken, pd_piece *pieces, size_t *co
             break;
         uint64_t room = PD_SLICE_BYTES - total, bytes = pattern->bytes - read->byte, blocks = 1, src, dst;
         bool whole = !read->byte && bytes <= room, single = places(pattern) == 1;
+        if (!whole && total && bytes <= PD_SLICE_BYTES)
+            break; /* whole in the next slice: one operation less */
         if (!whole)
             bytes = bytes < room ? bytes : room;
         else if (single && read->src_step == 1 &&
@@ -231,12 +233,14 @@ static uint64_t cut_spans(op *read, pd_taken *taken, pd_piece *pieces, size_t *c
 
 /* The next slice of a read: its pieces, and their bytes as the return value; 0 without memory for a buffer. There is
  * something left to cut. */
-uint64_t cut(op *read, pd_taken *taken, pd_piece *pieces, size_t *count)
+uint64_t cut(pd_transport *transport, op *read, pd_taken *taken, pd_piece *pieces, size_t *count)
 {
     *count = taken->spans = 0;
     if (!span_of(&read->patterns[read->pattern]))
         return cut_runs(read, taken, pieces, count);
-    if (!taken->buffer && !(taken->buffer = malloc(PD_SLICE_BYTES)))
+    if (!taken->buffer)
+        taken->buffer = transport->backend->buffer ? transport->backend->buffer(transport->own) : malloc(PD_SLICE_BYTES);
+    if (!taken->buffer)
         return 0;
     return cut_spans(read, taken, pieces, count);
 }

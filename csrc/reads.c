@@ -156,7 +156,7 @@ static pd_taken *take(pd_transport *transport, op *read, pd_piece *pieces, pd_sl
     pd_taken *taken = transport->unused ? transport->unused : calloc(1, sizeof *taken);
     if (taken && taken == transport->unused)
         transport->unused = taken->next;
-    uint64_t bytes = taken ? cut(read, taken, pieces, &slice->count) : 0;
+    uint64_t bytes = taken ? cut(transport, read, taken, pieces, &slice->count) : 0;
     if (!bytes) {
         free(taken);
         end(transport, read, PD_ERROR, "no memory for a slice");
@@ -167,6 +167,7 @@ static pd_taken *take(pd_transport *transport, op *read, pd_piece *pieces, pd_sl
         append(transport, read);
     read->busy++;
     taken->read = read;
+    slice->tag = read->end.tag;
     slice->lease = &read->lease;
     slice->pieces = pieces;
     slice->bytes = bytes;

@@ -27,8 +27,9 @@ typedef struct {
 
 /* --- peers -------------------------------------------------------------------------------------------------------- */
 
-static int shm_can_reach(const unsigned char *remote, size_t bytes)
+static int shm_can_reach(void *own, const unsigned char *remote, size_t bytes)
 {
+    (void)own;
     shm_where where;
     if (parse(remote, bytes, &where))
         return -EREMOTE;

@@ -161,8 +161,12 @@ static int make_board(shm_owner *made, const pd_memory *memory)
     made->board = mapping;
     *made->board = layout;
     char *base = mapping;
-    if (memory->num_regions)
-        memcpy(base + layout.regions_at, memory->regions, memory->num_regions * sizeof(pd_region));
+    pd_region *regions = (pd_region *)(base + layout.regions_at);
+    for (size_t i = 0; i < memory->num_regions; i++) {
+        regions[i] = memory->regions[i];
+        if (regions[i].flags & PD_DMA_BUF)
+            regions[i].fd = -1; /* no reader can map it */
+    }
     shm_grid *grids = (shm_grid *)(base + layout.grids_at);
     for (size_t i = 0; i < memory->num_grids; i++)
         grids[i] = (shm_grid){memory->grids[i], first_bit(made, memory->grids[i].group)};

@@ -3,71 +3,27 @@
 #include "tcp.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
-#include <time.h>
 #include <unistd.h>
 
 const char tcp_magic[8] = "PDTCP01";
 
-int64_t tcp_now_ms(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-void tcp_watch(loop *each, source *what, bool writing, bool added)
-{
-    struct epoll_event event = {EPOLLIN | (writing ? EPOLLOUT : 0), {.ptr = what}};
-    epoll_ctl(each->epoll, added ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, what->fd, &event);
-}
-
-/* A forked child may hold the same socket: closing it here alone would neither take it out of epoll nor tell the peer. */
-void tcp_drop(loop *each, source *what)
-{
-    if (what->fd < 0)
-        return;
-    epoll_ctl(each->epoll, EPOLL_CTL_DEL, what->fd, NULL);
-    shutdown(what->fd, SHUT_RDWR);
-    close(what->fd);
-    what->fd = -1;
-}
-
-/* A peer whose host vanished sends no FIN: the kernel gives up on it. */
-void tcp_tune(int fd)
-{
-    int one = 1, idle = 15, interval = 5, probes = 3, patience = TCP_PATIENCE_MS;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
-    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
-    setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &patience, sizeof patience);
-}
-
 static void rung(source *self, uint32_t events)
 {
     (void)events;
-    uint64_t count;
-    while (read(self->fd, &count, sizeof count) < 0 && errno == EINTR)
-        ;
+    net_rung(self->fd);
 }
 
 void tcp_wake(void *own)
 {
     tcp *all = own;
-    uint64_t one = 1;
     for (int i = 0; i < all->num_loops; i++)
-        while (write(all->loops[i].bell.fd, &one, sizeof one) < 0 && errno == EINTR)
-            ;
+        net_ring(all->loops[i].bell.fd);
 }
 
 static void *run_loop(void *argument)
@@ -76,7 +32,7 @@ static void *run_loop(void *argument)
     pd_pin(each->tcp->options, (int)(each - each->tcp->loops));
     struct epoll_event events[64];
     while (!atomic_load(&each->tcp->stop)) {
-        int64_t first = lanes_deadline(each), second = connections_deadline(each), now = tcp_now_ms();
+        int64_t first = lanes_deadline(each), second = connections_deadline(each), now = net_now_ms();
         int64_t deadline = first < second ? first : second;
         int timeout = deadline == INT64_MAX ? -1 : deadline <= now ? 0 : (int)(deadline - now) + 1;
         int count = epoll_wait(each->epoll, events, 64, timeout);
@@ -100,7 +56,7 @@ static int start_loop(tcp *all, loop *each)
     pthread_mutex_init(&each->lock, NULL);
     if (each->bell.fd < 0 || each->epoll < 0)
         return pd_fail(errno, "cannot make a loop: %s", strerror(errno));
-    tcp_watch(each, &each->bell, false, false);
+    net_watch(each->epoll, &each->bell, false, false);
     return 0;
 }
 
@@ -134,10 +90,7 @@ static void tcp_close(void *own)
     }
     if (all->spare >= 0)
         close(all->spare);
-    grants_free(all);
-    if (all->memory)
-        pd_release(all->memory);
-    pthread_mutex_destroy(&all->lock);
+    grants_close(&all->grants);
     free(all->loops);
     free(all);
 }
@@ -149,9 +102,9 @@ static void *tcp_open(pd_transport *core, const pd_options *options)
         return pd_fail(ENOMEM, "no memory"), NULL;
     all->core = core;
     all->listener.fd = -1;
-    all->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    all->spare = net_spare();
     all->options = options;
-    pthread_mutex_init(&all->lock, NULL);
+    grants_open(&all->grants);
     int wanted = options->threads < TCP_LOOPS ? options->threads : TCP_LOOPS, error = 0;
     all->loops = calloc((size_t)wanted, sizeof *all->loops);
     if (!all->loops || getrandom(all->instance, TCP_INSTANCE, 0) != TCP_INSTANCE)
@@ -175,6 +128,22 @@ static void *tcp_open(pd_transport *core, const pd_options *options)
         return NULL;
     }
     return all;
+}
+
+static int tcp_publish(void *own, pd_memory *memory)
+{
+    grants_publish(&((tcp *)own)->grants, memory);
+    return 0;
+}
+
+static int tcp_grant(void *own, const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
+{
+    return grants_put(&((tcp *)own)->grants, lease, blocks, num_groups);
+}
+
+static void tcp_revoke(void *own, uint64_t number, uint64_t epoch)
+{
+    grants_revoke(&((tcp *)own)->grants, number, epoch);
 }
 
 static int tcp_describe(void *own, unsigned char *out, size_t room)

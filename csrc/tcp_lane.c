@@ -3,7 +3,6 @@
 #include "tcp_lane.h"
 
 #include <errno.h>
-#include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +14,7 @@
 
 static void drop_connection(lane *each)
 {
-    tcp_drop(each->loop, &each->source);
+    net_drop(each->loop->epoll, &each->source);
     each->state = CLOSED;
     each->deadline = INT64_MAX;
 }
@@ -53,27 +52,14 @@ static void lane_ready(source *self, uint32_t events);
 
 static void lane_connect(lane *each)
 {
-    const tcp_where *where = &each->peer->where;
-    struct sockaddr_in v4 = {.sin_family = AF_INET, .sin_port = htons(where->port)};
-    struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_port = htons(where->port)};
-    memcpy(&v4.sin_addr, where->address, 4);
-    memcpy(&v6.sin6_addr, where->address, 16);
-    bool old = where->family == 4;
-    each->source.ready = lane_ready;
-    each->source.fd = socket(old ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    each->source = (source){lane_ready, net_connect(&each->peer->where.at)};
     if (each->source.fd < 0) {
-        lose_errno(each, "no socket", errno);
+        lose_errno(each, "cannot be reached", -each->source.fd);
         return;
     }
-    tcp_tune(each->source.fd);
-    each->deadline = tcp_now_ms() + TCP_GREETING_MS;
-    const struct sockaddr *address = old ? (struct sockaddr *)&v4 : (struct sockaddr *)&v6;
-    if (connect(each->source.fd, address, old ? sizeof v4 : sizeof v6) && errno != EINPROGRESS) {
-        lose_errno(each, "cannot be reached", errno);
-        return;
-    }
+    each->deadline = net_now_ms() + TCP_GREETING_MS;
     each->writing = true;
-    tcp_watch(each->loop, &each->source, true, false);
+    net_watch(each->loop->epoll, &each->source, true, false);
 }
 
 static void flush(lane *each)
@@ -92,7 +78,7 @@ static void flush(lane *each)
     }
     bool blocked = each->out_at < each->out_bytes;
     if (blocked != each->writing)
-        tcp_watch(each->loop, &each->source, blocked, true);
+        net_watch(each->loop->epoll, &each->source, blocked, true);
     each->writing = blocked;
 }
 
@@ -189,7 +175,7 @@ static void ask(lane *each)
             continue;
         }
         if (!each->count)
-            each->deadline = tcp_now_ms() + TCP_PATIENCE_MS;
+            each->deadline = net_now_ms() + NET_PATIENCE_MS;
         one->taken = taken;
         one->serial = each->serial++;
         each->count++;
@@ -299,7 +285,7 @@ static void take_in(lane *each)
             return;
         if (!got)
             break;
-        each->deadline = tcp_now_ms() + TCP_PATIENCE_MS;
+        each->deadline = net_now_ms() + NET_PATIENCE_MS;
         if (each->in_body) {
             advance(each, (size_t)got);
         } else {
@@ -353,7 +339,7 @@ void lanes_turn(loop *each, bool woken)
         each->lanes = one;
         lane_connect(one);
     }
-    int64_t now = tcp_now_ms();
+    int64_t now = net_now_ms();
     for (lane **at = &each->lanes; *at;) {
         lane *one = *at;
         if (woken)

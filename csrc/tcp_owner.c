@@ -1,17 +1,12 @@
 /* The owner's side of the tcp backend: the connections of readers. Nothing that a reader sent is believed: lengths are
- * bounded before they are used, addresses checked against the grids, blocks against the lease (tcp_grants.c). */
+ * bounded before they are used, addresses checked against the grids, blocks against the lease (grants.c). */
 
 #include "tcp.h"
 
-#include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <netinet/in.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/random.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -48,7 +43,7 @@ static void hang_up(connection *each)
 {
     if (each->state == CLOSED)
         return;
-    tcp_drop(each->loop, &each->source);
+    net_drop(each->loop->epoll, &each->source);
     each->state = CLOSED;
     each->deadline = INT64_MAX;
     atomic_fetch_sub(&each->loop->tcp->served, 1);
@@ -65,42 +60,21 @@ static void connection_free(connection *each)
 /* Why a request cannot be served, in `words`; PD_DONE: it can, and `memory` is held for it. */
 static pd_status judge(connection *each)
 {
-    tcp *all = each->loop->tcp;
+    grants *all = &each->loop->tcp->grants;
     const request *asked = &each->in.request;
     pd_status status = PD_DONE;
-    char *words = each->words;
-    size_t room = sizeof each->words;
     pthread_mutex_lock(&all->lock);
-    const grant *leased = grant_find(all, asked->number, asked->epoch);
-    unsigned char wrong = leased ? (unsigned char)(leased->capability_bytes ^ asked->capability_bytes) : 0;
-    for (size_t i = 0; leased && i < PD_MAX_CAPABILITY; i++) /* all of it, however soon it differs */
-        wrong |= leased->capability[i] ^ asked->capability[i];
-    for (uint32_t i = 0; i < asked->pieces && status == PD_DONE; i++) {
-        const wire_piece *piece = &each->pieces[i];
-        unsigned long long block = (unsigned long long)piece->block + piece->blocks - 1;
-        size_t grids = all->memory ? all->memory->num_grids : 0;
-        const pd_grid *grid = piece->grid < grids ? &all->memory->grids[piece->grid] : NULL;
-        status = PD_ERROR;
-        if (!grid)
-            snprintf(words, room, "grid %llu does not exist, there are %zu", (unsigned long long)piece->grid, grids);
-        else if (block >= grid->num_blocks)
-            snprintf(words, room, "block %llu does not exist, grid %llu has %llu", block,
-                     (unsigned long long)piece->grid, (unsigned long long)grid->num_blocks);
-        else if (piece->bytes > grid->block_bytes || piece->offset > grid->block_bytes - piece->bytes)
-            snprintf(words, room, "%llu bytes at %llu do not lie in the blocks of grid %llu (%llu bytes)",
-                     (unsigned long long)piece->bytes, (unsigned long long)piece->offset,
-                     (unsigned long long)piece->grid, (unsigned long long)grid->block_bytes);
-        else
-            status = PD_DONE;
-        if (status == PD_DONE && leased)
-            wrong |= !grant_covers(leased, grid->group, piece->block, piece->blocks);
+    const grant *leased = grants_find(all, asked->number, asked->epoch);
+    bool refused = !leased || !grant_opens(leased, asked->capability, asked->capability_bytes);
+    for (uint32_t i = 0; i < asked->pieces && status != PD_ERROR; i++) {
+        const wire_piece *wire = &each->pieces[i];
+        pd_piece piece = {wire->grid, wire->offset, wire->bytes, wire->block, wire->blocks, NULL};
+        status = grant_judge(leased, all->memory, &piece, each->words);
+        refused |= status == PD_NOT_GRANTED;
     }
-    unsigned long long number = asked->number, epoch = asked->epoch;
-    if (status == PD_DONE && (!leased || wrong)) {
+    if (status != PD_ERROR && refused) {
         status = PD_NOT_GRANTED;
-        snprintf(words, room, leased ? "lease %llu epoch %llu does not cover this read"
-                                     : "lease %llu epoch %llu is not granted here (not yet, or no longer)",
-                 number, epoch);
+        grant_refuse(leased, asked->number, asked->epoch, each->words);
     }
     if (status == PD_DONE)
         pd_retain(each->memory = all->memory);
@@ -190,7 +164,7 @@ static void send_answer(connection *each)
             continue;
         if (sent < 0 && errno == EAGAIN) {
             if (!each->writing)
-                tcp_watch(each->loop, &each->source, true, true);
+                net_watch(each->loop->epoll, &each->source, true, true);
             each->writing = true;
             return;
         }
@@ -198,11 +172,11 @@ static void send_answer(connection *each)
             hang_up(each);
             return;
         }
-        each->deadline = tcp_now_ms() + TCP_PATIENCE_MS;
+        each->deadline = net_now_ms() + NET_PATIENCE_MS;
         forward(each, (size_t)sent);
     }
     if (each->writing)
-        tcp_watch(each->loop, &each->source, false, true);
+        net_watch(each->loop->epoll, &each->source, false, true);
     each->writing = false;
     if (each->memory)
         pd_release(each->memory);
@@ -275,7 +249,7 @@ static void connection_ready(source *self, uint32_t events)
             return;
         }
         if (each->state != GREETING)
-            each->deadline = tcp_now_ms() + TCP_PATIENCE_MS;
+            each->deadline = net_now_ms() + NET_PATIENCE_MS;
         each->got += (size_t)got;
         if (each->got == whole)
             arrived(each);
@@ -288,15 +262,7 @@ static void accept_ready(source *self, uint32_t events)
 {
     (void)events;
     tcp *all = (tcp *)((char *)self - offsetof(tcp, listener));
-    int fd = accept4(self->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (fd < 0 && (errno == EMFILE || errno == ENFILE) && all->spare >= 0) {
-        /* Else it would wait there for ever, and the loop would spin. */
-        close(all->spare);
-        int unserved = accept4(self->fd, NULL, NULL, SOCK_CLOEXEC);
-        if (unserved >= 0)
-            close(unserved);
-        all->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    }
+    int fd = net_accept(self->fd, &all->spare);
     if (fd < 0)
         return;
     connection *made = atomic_load(&all->served) < TCP_CONNECTIONS ? calloc(1, sizeof *made) : NULL;
@@ -304,12 +270,12 @@ static void accept_ready(source *self, uint32_t events)
         close(fd);
         return;
     }
-    tcp_tune(fd);
+    net_tune(fd);
     atomic_fetch_add(&all->served, 1);
     loop *each = &all->loops[all->next_loop++ % (unsigned)all->num_loops];
     made->source = (source){connection_ready, fd};
     made->loop = each;
-    made->deadline = tcp_now_ms() + TCP_GREETING_MS;
+    made->deadline = net_now_ms() + TCP_GREETING_MS;
     pthread_mutex_lock(&each->lock);
     made->next = each->new_connections;
     each->new_connections = made;
@@ -317,45 +283,16 @@ static void accept_ready(source *self, uint32_t events)
     tcp_wake(all);
 }
 
-static int parse_address(const char *text, int port, struct sockaddr_storage *out, tcp_where *where)
-{
-    struct sockaddr_in *v4 = (struct sockaddr_in *)out;
-    struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)out;
-    memset(out, 0, sizeof *out);
-    where->family = inet_pton(AF_INET, text, &v4->sin_addr) == 1 ? 4 : 6;
-    if (where->family == 4) {
-        v4->sin_family = AF_INET, v4->sin_port = htons((uint16_t)port);
-        memcpy(where->address, &v4->sin_addr, 4);
-        return 0;
-    }
-    if (inet_pton(AF_INET6, text, &v6->sin6_addr) != 1)
-        return pd_fail(EINVAL, "%s is not an address", text);
-    v6->sin6_family = AF_INET6, v6->sin6_port = htons((uint16_t)port);
-    memcpy(where->address, &v6->sin6_addr, 16);
-    return 0;
-}
-
 int tcp_listen(tcp *all, const pd_options *options)
 {
-    struct sockaddr_storage address, ignored;
     memcpy(all->where.magic, tcp_magic, sizeof tcp_magic);
     memcpy(all->where.instance, all->instance, TCP_INSTANCE);
-    int error = parse_address(options->host, options->port, &address, &all->where), one = 1;
-    socklen_t size = all->where.family == 4 ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
-    if (error)
-        return error;
-    int fd = socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int fd = net_listen(options, &all->where.at);
+    if (fd < 0)
+        return fd;
     all->listener = (source){accept_ready, fd};
-    if (fd >= 0)
-        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    if (fd < 0 || bind(fd, (struct sockaddr *)&address, size) || listen(fd, 128) ||
-        getsockname(fd, (struct sockaddr *)&address, &size))
-        return pd_fail(errno, "cannot listen at %s port %d: %s; choose another 'host' or 'port' (0 picks a free port)",
-                       options->host, options->port, strerror(errno));
-    all->where.port = ntohs(all->where.family == 4 ? ((struct sockaddr_in *)&address)->sin_port
-                                                   : ((struct sockaddr_in6 *)&address)->sin6_port);
-    tcp_watch(&all->loops[0], &all->listener, false, false);
-    return parse_address(options->advertise, 0, &ignored, &all->where);
+    net_watch(all->loops[0].epoll, &all->listener, false, false);
+    return 0;
 }
 
 /* --- the loop's calls --------------------------------------------------------------------------------------------- */
@@ -371,9 +308,9 @@ void connections_turn(loop *each)
         fresh = one->next;
         one->next = each->connections;
         each->connections = one;
-        tcp_watch(each, &one->source, false, false);
+        net_watch(each->epoll, &one->source, false, false);
     }
-    int64_t now = tcp_now_ms();
+    int64_t now = net_now_ms();
     for (connection **at = &each->connections; *at;) {
         connection *one = *at;
         if (one->deadline <= now)

@@ -11,13 +11,14 @@ static int parse(const unsigned char *remote, size_t bytes, tcp_where *where)
     if (bytes != sizeof *where)
         return pd_fail(EPROTO, "the peer's description is not one of tcp");
     memcpy(where, remote, sizeof *where);
-    if (memcmp(where->magic, tcp_magic, sizeof tcp_magic) || (where->family != 4 && where->family != 6) || !where->port)
+    if (memcmp(where->magic, tcp_magic, sizeof tcp_magic) || !net_valid(&where->at))
         return pd_fail(EPROTO, "the peer's description is not one of this version of tcp");
     return 0;
 }
 
-int tcp_can_reach(const unsigned char *remote, size_t bytes)
+int tcp_can_reach(void *own, const unsigned char *remote, size_t bytes)
 {
+    (void)own;
     tcp_where where;
     return parse(remote, bytes, &where);
 }

@@ -48,7 +48,7 @@ static int join(int fds[2])
         fds[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     int error = fds[1] < 0 ? errno : 0;
     for (int i = 0; i < 2 && !error; i++) {
-        tcp_tune(fds[i]);
+        net_tune(fds[i]);
         setsockopt(fds[i], SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
         setsockopt(fds[i], SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     }

@@ -67,7 +67,8 @@ class BlockGrid:
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
     """One contiguous range of registered memory. ``keepalive`` is whatever object owns the bytes. Memory that is not
-    ``writable`` can be leased, but nothing can be pulled into it."""
+    ``writable`` can be leased, but nothing can be pulled into it. ``dma_buf`` is a descriptor of a dma-buf that the region
+    lies in, and where in it: how devices of one host reach the memory of another."""
 
     address: int
     length: int
@@ -75,6 +76,7 @@ class Region:
     kind: MemoryKind = MemoryKind.HOST
     keepalive: Any = field(default=None, repr=False)
     writable: bool = True
+    dma_buf: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.address <= 0 or self.length <= 0:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, Status.ERROR)
 _REGION = struct.Struct("=QQiIQQ")
+_READ_ONLY, _DMA_BUF = 1, 2
 _GRID = struct.Struct("=IIQQQQ")
 _PATTERN = struct.Struct("=14Q")
 _ONCE = Dim(1, 0, 0)
@@ -68,23 +69,16 @@ class NativeTransport(Transport):
     backend: ClassVar[str]
 
     def __init__(self, agent: str, options: Mapping[str, Any]) -> None:
-        parsed = self._parse(options)
         self._agent, self._pid = agent, os.getpid()
-        self._native = _require(self.name)
+        self._native = require(self.name)
         self._lock = threading.Lock()  # C must not be called while or after it closes
         self._closed = False
         self._peers: dict[PeerId, int] = {}
         self._numbers = count(_NEVER + 1)
         self._packed: OrderedDict[int, tuple[tuple[Pattern, ...], bytes]] = OrderedDict()
         self._registered: list[object] = []  # reads may still write into memory that was unregistered
-        absent = [cpu for cpu in parsed.cpus if not os.path.exists(f"/sys/devices/system/cpu/cpu{cpu}")]
-        if absent:
-            raise ConfigError(f"transport {self.name!r}: this host has no processor {', '.join(map(str, absent))}")
         try:
-            threads = parsed.threads or self._worthwhile(parsed.cpus)
-            listen = _addresses(self.name, parsed) if isinstance(parsed, TcpOptions) else ("", "", 0)
-            cpus = np.array(parsed.cpus, np.intc)
-            self._handle = self._native.open(self.backend, threads, cpus, parsed.pin, *listen)
+            self._handle = self._open(options)
             # Also for an agent that nobody closed: C's threads must not outlive the memory that they write to.
             self._finish = weakref.finalize(self, _close, self._native, self._handle, self._registered, self._pid)
             self._description: bytes = self._native.describe(self._handle)
@@ -93,18 +87,20 @@ class NativeTransport(Transport):
         self._fileno: int = self._native.fileno(self._handle)
 
     @classmethod
-    def _parse(cls, options: Mapping[str, Any]) -> NativeOptions | TcpOptions:
-        return parse_options(cls.name, options, NativeOptions)
+    def _open(cls, options: Mapping[str, Any]) -> Any:
+        """A handle of the extension. Raises ConfigError, TransportUnavailable, RuntimeError with C's words."""
+        raise NotImplementedError
 
     @classmethod
-    def _worthwhile(cls, cpus: tuple[int, ...]) -> int:
-        """Threads of an agent that was not told how many."""
-        return min(2, _processors(cpus))
+    def _start(
+        cls, threads: int, cpus: tuple[int, ...], pin: bool, listen: tuple[str, str, int], settings: bytes = b""
+    ) -> Any:
+        return require(cls.name).open(cls.backend, threads, np.array(cpus, np.intc), pin, *listen, settings)
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
         try:
-            _require(cls.name)
+            require(cls.name)
         except TransportUnavailable as error:
             return error.reason
         return None
@@ -242,6 +238,12 @@ class ShmTransport(NativeTransport):
     backend: ClassVar[str] = "shm"
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.HOST)
 
+    @classmethod
+    def _open(cls, options: Mapping[str, Any]) -> Any:
+        parsed = parse_options(cls.name, options, NativeOptions)
+        check_cpus(cls.name, parsed.cpus)
+        return cls._start(parsed.threads or min(2, _processors(parsed.cpus)), parsed.cpus, parsed.pin, ("", "", 0))
+
 
 class TcpTransport(NativeTransport):
     """Between hosts, over lanes of plain TCP: see csrc/tcp.h."""
@@ -251,12 +253,11 @@ class TcpTransport(NativeTransport):
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.NETWORK)
 
     @classmethod
-    def _parse(cls, options: Mapping[str, Any]) -> TcpOptions:
-        return parse_listening(cls.name, options, TcpOptions)
-
-    @classmethod
-    def _worthwhile(cls, cpus: tuple[int, ...]) -> int:
-        return lanes_here(cpus)
+    def _open(cls, options: Mapping[str, Any]) -> Any:
+        parsed = parse_listening(cls.name, options, TcpOptions)
+        check_cpus(cls.name, parsed.cpus)
+        threads = parsed.threads or lanes_here(parsed.cpus)
+        return cls._start(threads, parsed.cpus, parsed.pin, addresses(cls.name, parsed))
 
 
 @cache
@@ -266,7 +267,7 @@ def lanes_here(cpus: tuple[int, ...]) -> int:
     most = _processors(cpus)
     if most <= FEWEST_LANES:
         return most
-    figures = _require(TcpTransport.name).tcp_lanes(np.array(cpus, np.intc), most)
+    figures = require(TcpTransport.name).tcp_lanes(np.array(cpus, np.intc), most)
     chosen = choose_lanes(figures)
     words = ", ".join(f"{lanes}: {gbps:.1f} GB/s" for lanes, gbps in figures)
     logger.info("tcp: %d lanes to every peer (over the loopback %s)", chosen, words)
@@ -284,7 +285,14 @@ def _processors(cpus: tuple[int, ...]) -> int:
     return len(cpus) or os.cpu_count() or 1
 
 
-def _addresses(name: str, options: TcpOptions) -> tuple[str, str, int]:
+def check_cpus(name: str, cpus: tuple[int, ...]) -> None:
+    """Raises ConfigError for processors that this host does not have."""
+    absent = [cpu for cpu in cpus if not os.path.exists(f"/sys/devices/system/cpu/cpu{cpu}")]
+    if absent:
+        raise ConfigError(f"transport {name!r}: this host has no processor {', '.join(map(str, absent))}")
+
+
+def addresses(name: str, options: Listening) -> tuple[str, str, int]:
     """(host, advertise, port) as numbers. Raises TransportUnavailable for a name that does not resolve."""
     hosts = ("::" if options.host == "*" else options.host, options.advertise or options.host)
     numeric = []
@@ -296,7 +304,7 @@ def _addresses(name: str, options: TcpOptions) -> tuple[str, str, int]:
     return numeric[0], numeric[1], options.port
 
 
-def _require(name: str) -> ModuleType:
+def require(name: str) -> ModuleType:
     found = native()
     if found is None:
         raise TransportUnavailable(
@@ -313,9 +321,13 @@ def _close(extension: Any, handle: Any, registered: list[object], pid: int) -> N
 
 
 def _pack_region(region: Region, pool: Pool | None) -> bytes:
+    flags = 0 if region.writable else _READ_ONLY
+    if region.dma_buf is not None:
+        fd, offset = region.dma_buf
+        return _REGION.pack(region.address, region.length, fd, flags | _DMA_BUF, offset, offset + region.length)
     if pool is None:
-        return _REGION.pack(region.address, region.length, -1, 0, 0, 0)
-    return _REGION.pack(region.address, region.length, pool.fd, 0, region.address - pool.address, len(pool))
+        return _REGION.pack(region.address, region.length, -1, flags, 0, 0)
+    return _REGION.pack(region.address, region.length, pool.fd, flags, region.address - pool.address, len(pool))
 
 
 def _dims(pattern: Pattern) -> Iterator[int]:

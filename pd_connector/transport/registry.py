@@ -19,6 +19,7 @@ ORDER = ("inproc", "shm", "verbs", "hixl", "tcp", "zmq")
 _BUILT_IN = {
     "inproc": "pd_connector.transport.inproc:InprocTransport",
     "shm": "pd_connector.transport.native:ShmTransport",
+    "verbs": "pd_connector.transport.verbs:VerbsTransport",
     "tcp": "pd_connector.transport.native:TcpTransport",
     "zmq": "pd_connector.transport.zmq:ZmqTransport",
 }

@@ -75,9 +75,9 @@ static void make(pd_transport **out)
 
 static int dial(const tcp_where *where)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(where->port)};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(where->at.port)};
     struct linger reset = {1, 0}; /* no port may wait here when this end closes first */
-    memcpy(&address.sin_addr, where->address, 4);
+    memcpy(&address.sin_addr, where->at.address, 4);
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert(fd >= 0 && !connect(fd, (struct sockaddr *)&address, sizeof address));
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
@@ -229,9 +229,9 @@ static uint64_t hostile_owners(uint64_t messages)
     listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert(!bind(listener, (struct sockaddr *)&address, size) && !listen(listener, 64));
     assert(!getsockname(listener, (struct sockaddr *)&address, &size));
-    tcp_where where = {.family = 4, .port = ntohs(address.sin_port), .instance = "an owner's"};
+    tcp_where where = {.at = {.family = 4, .port = ntohs(address.sin_port)}, .instance = "an owner's"};
     memcpy(where.magic, tcp_magic, sizeof where.magic);
-    memcpy(where.address, &address.sin_addr, 4);
+    memcpy(where.at.address, &address.sin_addr, 4);
     pthread_t thread;
     assert(!pthread_create(&thread, NULL, hostile_owner, &where));
     pd_transport *reader;
@@ -292,9 +292,9 @@ static void prepare(void)
     listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert(!bind(listener, (struct sockaddr *)&address, size) && !listen(listener, 64));
     assert(!getsockname(listener, (struct sockaddr *)&address, &size));
-    input_reader_where = (tcp_where){.family = 4, .port = ntohs(address.sin_port), .instance = "an owner's"};
+    input_reader_where = (tcp_where){.at = {.family = 4, .port = ntohs(address.sin_port)}, .instance = "an owner's"};
     memcpy(input_reader_where.magic, tcp_magic, sizeof tcp_magic);
-    memcpy(input_reader_where.address, &address.sin_addr, 4);
+    memcpy(input_reader_where.at.address, &address.sin_addr, 4);
 }
 
 static void send_all(int fd, const void *bytes, size_t size)

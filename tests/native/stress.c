@@ -2,6 +2,7 @@
  * can happen to them, many at once. Every byte that was promised is compared. */
 
 #include "../../csrc/pd.h"
+#include "../../csrc/verbs.h"
 
 #include <poll.h>
 #include <fcntl.h>
@@ -16,11 +17,13 @@
 #include <unistd.h>
 
 
-#define assert(true_) ((true_) ? (void)0 : (fprintf(stderr, "%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #true_, pd_last_error()), abort()))
+#define assert(true_) ((true_) ? (void)0 : (fprintf(stderr, "%s:%d: not so: %s (%s; %s)\n", __FILE__, __LINE__, #true_, pd_last_error(), latest.words), abort()))
 
 enum { LAYERS = 3, BLOCKS = 64, BLOCK = 24 * 1024 + 64, PARTS = 14, STRIDE = BLOCK + 4096, READERS = 3, ROUNDS = 200 };
 
 static const char *backend;
+static pd_completion latest; /* for messages */
+static unsigned writes;
 static const unsigned char CAPABILITY[16] = "sixteen bytes...";
 static const uint64_t WHOLE = (uint64_t)LAYERS * BLOCKS * STRIDE;
 
@@ -67,12 +70,17 @@ static agent make(bool pooled, bool filled)
         grids[i] = (pd_grid){0, 0, (uint64_t)i * BLOCKS * STRIDE, STRIDE, BLOCK, BLOCKS};
     pd_region region = {(uint64_t)(uintptr_t)made.bytes, WHOLE, fd, 0, 0, pooled ? WHOLE : 0};
     pd_options options = {.threads = 3, .host = "127.0.0.1", .advertise = "127.0.0.1"};
+    verbs_settings settings = { /* of a guest with Soft-RoCE */
+        .num_rails = 1, .queues = 2, .timeout = 14, .retries = 6, .max_reads = 16, .relaxed = 1, .max_mr_bytes = 1 << 20,
+        .write = writes, .rails = {{"rxe0", 1, 1}}};
+    if (!strcmp(backend, "verbs"))
+        options.settings = &settings, options.settings_bytes = sizeof settings;
     assert(!pd_open(backend, &options, &made.transport));
     assert(!pd_register(made.transport, &region, 1, grids, LAYERS));
     return made;
 }
 
-static void grant(pd_transport *transport, uint64_t epoch, uint32_t from)
+static void lend(pd_transport *transport, uint64_t epoch, uint32_t from)
 {
     uint32_t ids[BLOCKS];
     for (uint32_t i = from; i < BLOCKS; i++)
@@ -120,7 +128,7 @@ static void *owner_life(void *argument)
 {
     pd_transport *transport = argument;
     for (uint64_t epoch = 2; epoch < 400; epoch++) {
-        grant(transport, epoch, (uint32_t)epoch % 8);
+        lend(transport, epoch, (uint32_t)epoch % 8);
         usleep(200);
         assert(!pd_revoke(transport, 1, epoch));
     }
@@ -188,7 +196,7 @@ static void live(bool pooled)
 {
     agent owner = make(pooled, true);
     pthread_t threads[READERS + 1];
-    grant(owner.transport, 1, 0);
+    lend(owner.transport, 1, 0);
     pthread_create(&threads[READERS], NULL, owner_life, owner.transport);
     for (int i = 0; i < READERS; i++)
         pthread_create(&threads[i], NULL, reader_life, owner.transport);
@@ -206,7 +214,7 @@ static pid_t spawn(bool pooled, unsigned char where[PD_MAX_DESCRIPTION], ssize_t
     pid_t child = fork();
     if (!child) {
         agent owner = make(pooled, true);
-        grant(owner.transport, 1, 0);
+        lend(owner.transport, 1, 0);
         int size = pd_describe(owner.transport, where, PD_MAX_DESCRIPTION);
         assert(write(pipes[1], where, (size_t)size) == size);
         pause();
@@ -273,9 +281,10 @@ static void stopped(bool pooled)
             assert(!pd_fence(reader.transport, 1, tag + 5));
         for (int whole = tag % 20 ? 4 : 5; taken < whole;) {
             struct pollfd bell = {pd_fileno(reader.transport), POLLIN, 0};
-            assert(poll(&bell, 1, 5000) == 1);
+            assert(poll(&bell, 1, 10000) == 1);
             if (!pd_poll(reader.transport, &end, 1))
                 continue;
+            latest = end;
             assert(end.status == PD_DONE || end.status == PD_CANCELLED);
             if (end.status == PD_DONE && end.tag < tag + 4)
                 same(&reader, (uint32_t)(end.tag - tag) * 16, (uint32_t)(end.tag - tag) * 16, 16);
@@ -296,18 +305,26 @@ static void stopped(bool pooled)
 /* stress [foreign] [pooled] [tcp]: all of them when none is named. */
 int main(int count, char **words)
 {
-    static const char *const names[] = {"foreign", "pooled", "tcp"};
+    static const struct {
+        const char *name, *backend;
+        bool unnamed; /* runs also when nothing is named */
+    } rounds[] = {{"foreign", "shm", true}, {"pooled", "shm", true}, {"tcp", "tcp", true}, {"verbs", "verbs", false},
+                  {"verbs-write", "verbs", false}};
     copiers();
-    for (int round = 0; round < 3; round++) {
-        bool named = count == 1;
+    for (size_t round = 0; round < sizeof rounds / sizeof *rounds; round++) {
+        bool named = count == 1 && rounds[round].unnamed;
         for (int i = 1; i < count; i++)
-            named |= !strcmp(words[i], names[round]);
+            named |= !strcmp(words[i], rounds[round].name);
         if (!named)
             continue;
-        backend = round < 2 ? "shm" : "tcp";
-        stopped(round == 1);
-        killed(round == 1);
-        live(round == 1);
+        printf("stress: %s\n", rounds[round].name);
+        fflush(stdout);
+        backend = rounds[round].backend;
+        writes = !strcmp(rounds[round].name, "verbs-write");
+        bool pooled = !strcmp(rounds[round].name, "pooled");
+        stopped(pooled);
+        killed(pooled);
+        live(pooled);
     }
     puts("stress: all bytes right");
     return 0;
