@@ -57,19 +57,30 @@ static PyObject *reason(int error)
     return error ? PyUnicode_DecodeUTF8(pd_last_error(), (Py_ssize_t)strlen(pd_last_error()), "replace") : Py_NewRef(Py_None);
 }
 
-static PyObject *probe(PyObject *self, PyObject *backend)
+static PyObject *ask(int (*question)(const char *), PyObject *word)
 {
-    (void)self;
-    PyObject *bytes = PyUnicode_AsUTF8String(backend);
+    PyObject *bytes = PyUnicode_AsUTF8String(word);
     const char *name = bytes ? PyBytes_AsString(bytes) : NULL;
     int error = 0;
     if (name) {
         Py_BEGIN_ALLOW_THREADS
-        error = pd_probe(name);
+        error = question(name);
         Py_END_ALLOW_THREADS
     }
     Py_XDECREF(bytes);
     return name ? reason(error) : NULL;
+}
+
+static PyObject *probe(PyObject *self, PyObject *backend)
+{
+    (void)self;
+    return ask(pd_probe, backend);
+}
+
+static PyObject *dma_buf(PyObject *self, PyObject *device)
+{
+    (void)self;
+    return ask(pd_dma_buf, device);
 }
 
 static PyObject *open_(PyObject *self, PyObject *args)
@@ -388,6 +399,7 @@ static PyMethodDef methods[] = {
     {"copiers", copiers, METH_NOARGS, "copiers() -> names of those that run on this processor, best first"},
     {"limits", limits, METH_VARARGS, "limits(chunk, chunks, huge) -> GB/s (memcpy by 1, 2 threads; streaming by 1, 2)"},
     {"probe", probe, METH_O, "probe(backend) -> why it cannot work here, or None"},
+    {"dma_buf", dma_buf, METH_O, "dma_buf(RDMA device) -> why it takes no memory of other devices as dma-bufs, or None"},
     {"open", open_, METH_VARARGS,
      "open(backend, threads, cpus as ints, pin, host, advertise, port, settings of the backend) -> handle"},
     {"counters", counters, METH_O, "counters(handle) -> {name: count}"},

@@ -110,6 +110,7 @@ int pd_describe(pd_transport *transport, unsigned char *out, size_t room); /* by
 /* GB/s of bare TCP over the loopback by 1, 2, 4 and 8 lanes, as far as there are `most`; how many figures. Takes some ten
  * milliseconds. */
 int pd_tcp_lanes(const pd_options *options, int most, double out[4]);
+int pd_dma_buf(const char *rdma_device); /* whether it takes memory of other devices as dma-bufs */
 int pd_can_reach(pd_transport *transport, const unsigned char *remote, size_t bytes);
 int pd_register(pd_transport *transport, const pd_region *regions, size_t num_regions, const pd_grid *grids,
                 size_t num_grids);

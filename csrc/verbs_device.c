@@ -83,6 +83,28 @@ static ib_context *open_named(const char *name)
     return opened;
 }
 
+/* Asked with a descriptor that is none of a dma-buf: who knows them says just that. */
+int pd_dma_buf(const char *name)
+{
+    int error = verbs_probe();
+    ib_context *opened = error ? NULL : open_named(name);
+    if (!opened)
+        return error ? error : -ENODEV;
+    ib_pd *domain = ib.alloc_pd(opened);
+    int file = memfd_create("pd-none", MFD_CLOEXEC);
+    ib_mr *made = domain && ib.reg_dmabuf_mr ? ib.reg_dmabuf_mr(domain, 0, 4096, 0, file, IB_REMOTE_READ) : NULL;
+    error = made || !ib.reg_dmabuf_mr || errno == EOPNOTSUPP || errno == ENOSYS
+                ? pd_fail(EOPNOTSUPP, "%s takes no dma-bufs", ib.reg_dmabuf_mr ? "its driver" : "this libibverbs") : 0;
+    if (made)
+        ib.dereg_mr(made);
+    if (file >= 0)
+        close(file);
+    if (domain)
+        ib.dealloc_pd(domain);
+    ib.close_device(opened);
+    return error;
+}
+
 static int look_at(rail *each, verbs_port *port)
 {
     ib_device_attr device;

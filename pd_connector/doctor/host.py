@@ -16,10 +16,11 @@ import msgspec
 
 import pd_connector.errors
 from pd_connector.config import Config, is_loopback
-from pd_connector.doctor import installation, limits, peer, server
+from pd_connector.doctor import installation, limits, peer, rdma, server
 from pd_connector.doctor.reach import beside
 from pd_connector.doctor.report import Report, Row, State, TransportRow, Use
 from pd_connector.errors import ConfigError, PDError, PeerLost
+from pd_connector.runtime.courier import transport_options
 from pd_connector.runtime.side_channel import advertised_host
 
 _START_S = 20.0
@@ -29,7 +30,7 @@ _STATUS = Path("/proc/self/status")
 
 def examine(config: Config, path: Path | None, *, measure: bool = True) -> Report:
     """``path`` is where ``config`` comes from, None for the defaults."""
-    report = Report([*installation.rows(), *limits.rows()])
+    report = Report([*installation.rows(), *limits.rows(), *rdma.rows(transport_options(config)["verbs"])])
     if path is not None:
         report.rows.append(configuration(config, path))
     # Neither keys nor addresses are tried here: both ends are ours.

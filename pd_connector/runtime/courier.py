@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pd_connector.config import Config
+from pd_connector.errors import TransportUnavailable
 from pd_connector.memory import Region
 from pd_connector.plan import Ids
 from pd_connector.protocol import events as ev
@@ -60,11 +61,31 @@ class Courier:
         self._peers: dict[str, str] = {}
         self.reasons: dict[str, dict[str, str]] = {}
         self._transports, missing = registry.start(config.transport, agent, transport_options(config))
+        missing |= self._register(regions, optional=config.transport == "auto")
         without = "; ".join(f"{name} is not: {why}" for name, why in missing.items())
         logger.info("transports %s are served%s", ", ".join(self._transports), f" ({without})" if without else "")
         for transport in self._transports.values():
-            transport.register(regions)
             loop.add_reader(transport.fileno(), self._poll, transport)
+
+    def _register(self, regions: Sequence[Region], *, optional: bool) -> dict[str, str]:
+        """Why transports that were not asked for by name do without. Raises TransportUnavailable, all of them closed, when
+        one that was asked for, or the last, cannot take the memory."""
+        missing: dict[str, str] = {}
+        try:
+            for name, transport in list(self._transports.items()):
+                try:
+                    transport.register(regions)
+                except TransportUnavailable as error:
+                    if not optional or len(self._transports) == 1:
+                        raise
+                    logger.warning("transport %s is left out: %s", name, error.reason)
+                    missing[name] = error.reason
+                    del self._transports[name]
+                    transport.close()
+        except Exception:
+            self.close()
+            raise
+        return missing
 
     def describe(self) -> dict[str, bytes]:
         return {name: transport.describe() for name, transport in self._transports.items()}

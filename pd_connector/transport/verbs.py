@@ -77,7 +77,9 @@ class VerbsTransport(NativeTransport):
         try:
             super().register(regions)
         except LocalProtocolError as error:
-            raise TransportUnavailable(self.name, str(error)) from error
+            if not isinstance(error.__cause__, RuntimeError):  # C's words
+                raise
+            raise TransportUnavailable(self.name, str(error.__cause__)) from error
 
     def counters(self) -> dict[str, int]:
         """Since the start: work requests, batches of them (one completion each), bytes, questions to owners, writes for

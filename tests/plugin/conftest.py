@@ -43,13 +43,15 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture
 def engine(model: Path, ranks: None) -> Iterator[Callable[..., Any]]:
-    """``engine(role, extra, **options)``: a started MiniEngine; bytes go over ZeroMQ unless ``extra`` differs."""
+    """``engine(role, extra, **options)``: a started MiniEngine; bytes go over ZeroMQ (or $PDC_TEST_TRANSPORT) unless ``extra``
+    says otherwise."""
     from .engine import MiniEngine, engine_config
 
     started: list[Any] = []
 
     def start(role: str, extra: dict[str, Any] | None = None, **options: Any) -> Any:
-        settings = {"transport": ["zmq"], "drain_seconds": 0, **(extra or {})}
+        over = os.environ.get("PDC_TEST_TRANSPORT", "zmq")
+        settings = {"transport": [over], "drain_seconds": 0, **(extra or {})}
         made = MiniEngine(engine_config(model, role, extra=settings, **options))
         started.append(made)
         return made
