@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 NONE_CHOSEN = [ $$? -eq 5 ]
 FAST_TESTS = $(BIN)/python -m pytest -n 2 --durations=15 -m "not vllm and not slow" $(ARGS) || $(NONE_CHOSEN)
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast native-test fuzz guided-fuzz aarch64-test leak-test slow-test lint sim clean
+.PHONY: help venv demo test test-fast native-test fuzz guided-fuzz aarch64-test leak-test slow-test rdma-test lint sim clean
 
 help: ## explain the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do \
@@ -38,6 +38,14 @@ native-test: ## the C code without Python under the address, undefined-behaviour
 		$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
 			-fsanitize=$$sanitizer -pthread tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
 			-o build/stress-$$sanitizer && timeout 600 build/stress-$$sanitizer || exit 1; done
+
+build/stress-address,undefined: tests/native/stress.c $(wildcard csrc/*.c csrc/*.h)
+	@mkdir -p build
+	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
+		-fsanitize=address,undefined -pthread tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) -o $@
+
+rdma-test: venv ## real verbs: guests with Soft-RoCE, one and two on a cable (ARGS="--short", "--only WORDS")
+	@$(BIN)/python tests/rdma_vm/run.py $(ARGS)
 
 fuzz: ## mutated messages at both ends of the tcp backend, under the sanitizers (MESSAGES=n, default 1000000; SEED=k)
 	@mkdir -p build

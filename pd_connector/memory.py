@@ -67,8 +67,8 @@ class BlockGrid:
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
     """One contiguous range of registered memory. ``keepalive`` is whatever object owns the bytes. Memory that is not
-    ``writable`` can be leased, but nothing can be pulled into it. ``dma_buf`` is a descriptor of a dma-buf that the region
-    lies in, and where in it: how devices of one host reach the memory of another."""
+    ``writable`` can be leased, but nothing can be pulled into it. ``dma_buf`` is a descriptor of a dma-buf that the
+    region lies in, and where in it: how devices of one host reach the memory of another."""
 
     address: int
     length: int

@@ -15,7 +15,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """``num_bytes`` is rounded down to whole blocks of all grids, at least one. Memory that is ``owned`` is a shared
     pool, which a reader of the same host maps, ``foreign`` is any other; ``huge`` is about pages under the reader's and
     under foreign memory. ``pin`` keeps each thread of a native transport on one processor, so that both ends of a lane
-    share it. ``veth`` are two network namespaces of this host; it needs root."""
+    share it. ``veth`` are two network namespaces of this host; it needs root. ``host`` is the address of the end that
+    runs this, ``more`` are further options of the transport."""
 
     transport: str = "shm"
     scope: Literal["host", "veth"] = "host"
@@ -26,6 +27,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     chunk_bytes: int = 65536
     num_bytes: int = 224 << 20
     rounds: int = 7
+    host: str = "127.0.0.1"
+    more: dict[str, Any] = {}
 
     @property
     def blocks(self) -> int:
@@ -61,7 +64,8 @@ def options(case: Case, address: str) -> dict[str, Any]:
     Raises TransportUnavailable for one that does not leave a process."""
     if case.transport == "inproc":
         raise TransportUnavailable("inproc", "it does not leave a process, and this takes two")
-    found: dict[str, Any] = {} if case.transport == "zmq" else {"threads": case.threads, "pin": case.pin}
+    threaded = case.transport not in ("zmq", "verbs")
+    found: dict[str, Any] = {"threads": case.threads, "pin": case.pin} if threaded else {}
     if case.transport != "shm":
-        found["host"] = address if case.scope == "veth" else "127.0.0.1"
-    return found
+        found["host"] = address if case.scope == "veth" else case.host
+    return found | case.more

@@ -35,11 +35,13 @@ class Owner:
     """The process, as its reader sees it. Raises TransferFailed when it does not answer."""
 
     def __init__(self, case: Case) -> None:
+        self._process = self.start(case, subprocess.PIPE, subprocess.PIPE)
+
+    @staticmethod
+    def start(case: Case, stdin: Any, stdout: Any) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", __name__, msgspec.json.encode(case).decode()]
         root = Path(pd_connector.__file__).parents[1]  # found there even when the package is not installed
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, process_group=0
-        )
+        return subprocess.Popen(command, stdin=stdin, stdout=stdout, cwd=root, process_group=0)
 
     def __enter__(self) -> Owner:
         try:

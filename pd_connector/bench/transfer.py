@@ -33,13 +33,14 @@ def limits_of(case: Case) -> Mapping[str, float]:
     return memory_limits(case.chunk_bytes, case.chunks, huge=case.huge)
 
 
-def measure(case: Case, beside: Beside = limits_of) -> dict[str, Any]:
+def measure(case: Case, beside: Beside = limits_of, start: Callable[[Case], Owner] = Owner) -> dict[str, Any]:
     """One case as a row: GB/s of ours (median, min, max), the medians of what it ran beside and the ratios to them, and
-    CPU seconds of both ends. Raises TransportUnavailable, TransferFailed (also for wrong bytes)."""
+    CPU seconds of both ends. ``start`` makes the owner. Raises TransportUnavailable, TransferFailed (also for wrong
+    bytes)."""
     gbps: list[float] = []
     others: list[Mapping[str, float]] = []
     cpu, num_bytes = 0.0, case.chunks * case.chunk_bytes
-    with pair(case) as both:
+    with pair(case, start) as both:
         for number in range(case.rounds + 1):
             figures = beside(case)
             seconds, used = both.read()
@@ -97,7 +98,7 @@ class Pair:
 
 
 @contextmanager
-def pair(case: Case) -> Iterator[Pair]:
+def pair(case: Case, start: Callable[[Case], Owner] = Owner) -> Iterator[Pair]:
     """Raises ConfigError, TransportUnavailable, TransferFailed."""
     case.check()
     kind = load(case.transport)
@@ -106,7 +107,7 @@ def pair(case: Case) -> Iterator[Pair]:
         raise TransportUnavailable(case.transport, reason)
     reader = kind("reader", options(case, veth.HERE))
     try:
-        with Owner(case) as owner:
+        with start(case) as owner:
             yield Pair(case, reader, owner)
     finally:
         reader.close()

@@ -59,7 +59,9 @@ def links(found: Sequence[Port]) -> list[Row]:
         if port.state == "ACTIVE":
             made.append(Row(_LINK, State.OK, words))
         else:
-            remedy = "ip link set its network interface up; look at the cable, the switch's port and (InfiniBand) opensm"
+            remedy = (
+                "ip link set its network interface up; look at the cable, the switch's port and (InfiniBand) opensm"
+            )
             made.append(Row(_LINK, State.WARN, words, remedy))
     return made
 

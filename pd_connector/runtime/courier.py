@@ -68,8 +68,8 @@ class Courier:
             loop.add_reader(transport.fileno(), self._poll, transport)
 
     def _register(self, regions: Sequence[Region], *, optional: bool) -> dict[str, str]:
-        """Why transports that were not asked for by name do without. Raises TransportUnavailable, all of them closed, when
-        one that was asked for, or the last, cannot take the memory."""
+        """Why transports that were not asked for by name do without. Raises TransportUnavailable, all of them closed,
+        when one that was asked for, or the last, cannot take the memory."""
         missing: dict[str, str] = {}
         try:
             for name, transport in list(self._transports.items()):

@@ -137,7 +137,11 @@ def choose_gid(port: Port, index: int | None = None) -> tuple[Gid | None, str]:
 
 
 def choose_rails(
-    found: Sequence[Port], wanted: Sequence[str] = (), most: int = MAX_RAILS, nodes: Collection[int] = (), near: str = ""
+    found: Sequence[Port],
+    wanted: Sequence[str] = (),
+    most: int = MAX_RAILS,
+    nodes: Collection[int] = (),
+    near: str = "",
 ) -> tuple[list[Rail], dict[str, str]]:
     """The rails to use, nearest first, and for every other port why not. ``wanted`` names devices as "mlx5_0",
     "mlx5_0:1" (port) or "mlx5_0:1:3" (GID); without it all that are active are candidates: the nearest ones to ``near``
@@ -215,7 +219,9 @@ def barred(port: Port, folder: Path = DEV) -> str | None:
     """Why this process may not open the port's device, or None."""
     file = folder / port.uverbs
     if not port.uverbs or not file.exists():
-        return f"{file if port.uverbs else folder} is missing: docker run --device={folder} (modprobe ib_uverbs on a host)"
+        return (
+            f"{file if port.uverbs else folder} is missing: docker run --device={folder} (modprobe ib_uverbs on a host)"
+        )
     if not os.access(file, os.R_OK | os.W_OK):
         return f"{file} may not be read and written by this user: chmod, or a udev rule"
     return None

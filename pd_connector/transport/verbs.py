@@ -28,9 +28,9 @@ Device = Annotated[str, Meta(pattern=r"^[\w.-]{1,63}(:[1-9][0-9]{0,2}(:[0-9]{1,3
 class VerbsOptions(Listening, frozen=True, forbid_unknown_fields=True):
     """``devices`` to use as rails ("mlx5_0", with port "mlx5_0:1", with GID index "mlx5_0:1:3"; default: those that are
     near, at most ``rails``), ``near`` a PCI address to be near to; ``queue_pairs`` per rail and owner. ``wire_verb``
-    "write" has owners write where reading is slow. ``timeout`` (4.096 us * 2**timeout for an answer) and ``retries``, up
-    to 6, until a peer counts as gone. ``max_reads`` under way per queue pair, as far as the devices can. ``max_mr_bytes``
-    per registration (0: what the device can). ``poll_us`` to look for completions before waiting for them."""
+    "write" has owners write where reading is slow. ``timeout`` (4.096 us * 2**timeout for an answer) and ``retries``,
+    up to 6, until a peer counts as gone. ``max_reads`` under way per queue pair, as far as the devices can.
+    ``max_mr_bytes`` per registration (0: what the device can). ``poll_us`` to look for completions before waiting."""
 
     devices: tuple[Device, ...] = ()
     near: str = ""

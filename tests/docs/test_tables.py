@@ -25,6 +25,7 @@ from pd_connector.router.settings import RouterSettings
 from pd_connector.transport import zmq_wire
 from pd_connector.transport.native import NativeOptions, TcpOptions
 from pd_connector.transport.options import Listening
+from pd_connector.transport.verbs import VerbsOptions
 
 WIRE, CONFIGURATION, OPERATIONS = (f"docs/{name}.md" for name in ("wire_protocol", "configuration", "operations"))
 MESSAGES: dict[str, type[messages.Message]] = {
@@ -139,6 +140,10 @@ def test_options_of_the_zmq_transport() -> None:
 
 def test_options_of_the_tcp_transport() -> None:
     assert documented(table(read(CONFIGURATION), "Options of the tcp transport")) == defaults(TcpOptions)
+
+
+def test_options_of_the_verbs_transport() -> None:
+    assert documented(table(read(CONFIGURATION), "Options of the verbs transport")) == defaults(VerbsOptions)
 
 
 def test_options_of_the_shm_transport() -> None:

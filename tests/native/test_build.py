@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pd_connector.memory import native
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc", "pd_connector")
 
@@ -80,3 +82,31 @@ def test_a_required_extension_that_cannot_be_built_is_an_error(tree: Path) -> No
     wrong = build(tree, PD_NATIVE="maybe")
     assert wrong.returncode != 0
     assert "use auto, require or off" in wrong.stderr
+
+
+@pytest.mark.skipif(not Path("/usr/include/infiniband/verbs.h").exists(), reason="no header of libibverbs")
+def test_our_declarations_of_libibverbs_are_the_real_ones() -> None:
+    source = ROOT / "tests/native/ibverbs_abi.c"
+    done = subprocess.run(["cc", "-std=c11", "-D_GNU_SOURCE", "-fsyntax-only", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+_WITHOUT = """
+from pd_connector import _native
+reason = _native.probe("verbs")
+print(reason)
+from pd_connector.transport import registry
+print(registry.available({})["verbs"], registry.available({})["tcp"])
+"""
+
+
+@pytest.mark.skipif(native() is None, reason="the C extension was not built")
+def test_without_libibverbs_everything_else_works(tmp_path: Path) -> None:
+    """A library of that name that is none stands before the real one, if there is one."""
+    (tmp_path / "libibverbs.so.1").write_bytes(b"no library")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", _WITHOUT], capture_output=True, text=True, env=environment, check=True)
+    reason, rest = done.stdout.splitlines()
+    assert "libibverbs.so.1 cannot be opened" in reason
+    assert "libibverbs.so.1 cannot be opened" in rest
+    assert rest.endswith("None"), "tcp can be used"

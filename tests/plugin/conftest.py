@@ -43,8 +43,8 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture
 def engine(model: Path, ranks: None) -> Iterator[Callable[..., Any]]:
-    """``engine(role, extra, **options)``: a started MiniEngine; bytes go over ZeroMQ (or $PDC_TEST_TRANSPORT) unless ``extra``
-    says otherwise."""
+    """``engine(role, extra, **options)``: a started MiniEngine; bytes go over ZeroMQ, or $PDC_TEST_TRANSPORT, unless
+    ``extra`` says otherwise."""
     from .engine import MiniEngine, engine_config
 
     started: list[Any] = []

@@ -7,6 +7,7 @@ the answer, and ``reference`` tells the right one.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from pd_connector.vllm_plugin.connector import PDConnector
 BLOCK = 16
 LAYERS = 2
 VOCABULARY = 1000
+PATIENCE = float(os.environ.get("PDC_TEST_PATIENCE", "1"))
+"""An emulated machine is slow."""
 _HEAD = 4  # 1 head x (K + V) x 4 x bfloat16 = 16 bytes, two words of int64, per token and layer
 _MIX = 6364136223846793005
 _WORD = 2**63
@@ -209,7 +212,7 @@ class MiniEngine:
 
     def until(self, done: Callable[[], bool], seconds: float = 15.0) -> None:
         """Step until ``done``; raises TimeoutError."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * PATIENCE
         while not done():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"ended {self.ended}, gauges {self.gauges}, counters {self.counters}")

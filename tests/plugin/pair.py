@@ -9,7 +9,7 @@ from typing import Any
 
 from pd_connector.testing.faults import read_events
 
-from .engine import MiniEngine
+from .engine import PATIENCE, MiniEngine
 
 PREFILL = {"do_remote_decode": True}
 
@@ -39,7 +39,7 @@ class Pair:
         time.sleep(0.001)
 
     def until(self, done: Callable[[], bool], seconds: float = 15.0) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * PATIENCE
         while not done():
             if time.monotonic() > deadline:
                 raise TimeoutError(

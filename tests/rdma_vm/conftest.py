@@ -1,4 +1,4 @@
-"""What is in ``inside`` needs an RDMA device: it runs in the guests of ``make rdma-test``, or on a host that has one."""
+"""What is in ``inside`` needs an RDMA device: it runs in guests (``make rdma-test``), or on a host that has one."""
 
 from __future__ import annotations
 

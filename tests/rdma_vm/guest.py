@@ -74,7 +74,19 @@ class Guest:
             net = f"stream,id=n0,server={'on' if self.link[1] else 'off'},addr.type=unix,addr.path={self.link[0]}"
         share = "local,path={},mount_tag={},security_model=none"
         return [
-            *("qemu-system-x86_64", "-accel", _accelerator(), "-cpu", "max", "-M", "q35", "-smp", "2", "-m", self.memory),
+            *(
+                "qemu-system-x86_64",
+                "-accel",
+                _accelerator(),
+                "-cpu",
+                "max",
+                "-M",
+                "q35",
+                "-smp",
+                "2",
+                "-m",
+                self.memory,
+            ),
             *("-display", "none", "-monitor", "none", "-nodefaults", "-no-reboot"),
             *("-serial", f"file:{self.job / 'console'}"),
             *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)),
@@ -142,7 +154,9 @@ def run(guests: Sequence[Guest], seconds: float, put: Callable[[Guest, str], Non
                 guest.close()
 
 
-def pair(image: Image, first: Sequence[str], second: Sequence[str], seconds: float, put: Callable[[Guest, str], None]) -> list[int]:
+def pair(
+    image: Image, first: Sequence[str], second: Sequence[str], seconds: float, put: Callable[[Guest, str], None]
+) -> list[int]:
     """Two guests on one cable: 10.77.0.1 and 10.77.0.2."""
     with tempfile.TemporaryDirectory(prefix="pdc-cable-") as folder:
         cable = Path(folder) / "cable"

@@ -1,4 +1,4 @@
-"""What a guest boots: Debian's stock kernel, unpacked and never installed, and a first file system with its RDMA modules.
+"""What a guest boots: Debian's stock kernel, unpacked and never installed, and a first file system with its modules.
 
 Made once, in a folder of the user's cache. Needs Debian or a relative of it: apt, dpkg-deb, tar.
 """
@@ -22,7 +22,17 @@ PACKAGES = {  # what must be there → the package that brings it
     "/usr/lib/*/libibverbs/librxe-rdmav*.so": "ibverbs-providers",
     "/usr/include/infiniband/verbs.h": "libibverbs-dev",
 }
-MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_net", "dummy", "crc32_generic", "rdma_rxe", "ib_uverbs")
+MODULES = (
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_net",
+    "dummy",
+    "crc32_generic",
+    "rdma_rxe",
+    "ib_uverbs",
+)
 _TREES = ("drivers/infiniband", "drivers/net", "drivers/virtio", "net", "fs", "crypto", "lib", "arch/x86/crypto")
 
 
@@ -108,7 +118,9 @@ def _unpack(name: str, folder: Path) -> None:
     (package,) = folder.glob("*.deb")
     version = name.removeprefix("linux-image-")
     patterns = [f"./lib/modules/{version}/kernel/{tree}/*" for tree in _TREES]
-    unpack = f"dpkg-deb --fsys-tarfile {package.name} | tar -x --wildcards ./boot/vmlinuz-{version} {' '.join(patterns)}"
+    unpack = (
+        f"dpkg-deb --fsys-tarfile {package.name} | tar -x --wildcards ./boot/vmlinuz-{version} {' '.join(patterns)}"
+    )
     _run("sh", "-ec", unpack, what=f"unpacking {name}", cwd=folder)
     package.unlink()
     (folder / "boot" / f"vmlinuz-{version}").rename(folder / "vmlinuz")
@@ -142,7 +154,7 @@ def _initrd(folder: Path) -> bytes:
     modules = _in_order(folder / "lib")
     files |= {f"modules/{path.name}": path.read_bytes() for path in modules}
     files["modules/order"] = "\n".join(path.name for path in modules).encode() + b"\n"
-    folders = ["modules", "proc", "sys", "dev", "host", "job", "overlay", "root"]
+    folders = ["modules", "proc", "sys", "dev", "host", "job", "overlay", "new"]
     entries = [(name, 0o040755, b"") for name in folders] + [(name, 0o100755, data) for name, data in files.items()]
     packed = b"".join(_cpio(name, mode, data) for name, mode, data in entries) + _cpio("TRAILER!!!", 0, b"")
     return gzip.compress(packed, 1)

@@ -9,10 +9,10 @@ share() { $b mount -t 9p -o "trans=virtio,version=9p2000.L,msize=512000,$3" "$1"
 share host /host ro,cache=loose
 $b mount -t tmpfs tmpfs /overlay
 $b mkdir /overlay/up /overlay/work
-$b mount -t overlay -o lowerdir=/host,upperdir=/overlay/up,workdir=/overlay/work overlay /root || $b poweroff -f
-for part in proc sys dev; do $b mkdir -p "/root/$part"; $b mount --move "/$part" "/root/$part"; done
-for part in run dev/shm; do $b mkdir -p "/root/$part"; $b chroot /root /bin/mount -t tmpfs -o mode=1777 tmpfs "/$part"; done
-$b mkdir -p /root/run/job /root/dev/pts
-share job /root/run/job cache=none
-exec $b chroot /root /usr/bin/env -i HOME=/root TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+$b mount -t overlay -o lowerdir=/host,upperdir=/overlay/up,workdir=/overlay/work overlay /new || $b poweroff -f
+for part in proc sys dev; do $b mkdir -p "/new/$part"; $b mount --move "/$part" "/new/$part"; done
+for part in run dev/shm; do $b mkdir -p "/new/$part"; $b chroot /new /bin/mount -t tmpfs -o mode=1777 tmpfs "/$part"; done
+$b mkdir -p /new/run/job /new/dev/pts
+share job /new/run/job cache=none
+exec $b chroot /new /usr/bin/env -i HOME=/run TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     /bin/sh /run/job/start

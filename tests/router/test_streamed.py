@@ -46,7 +46,7 @@ async def started(world: World, **settings: Any) -> World:
         assert (await world.complete()).headers["x-pdc-hand-over"].startswith("sequential: about 1 tokens")
     world.decode[0].bodies.clear()
     world.prefill[0].bodies.clear()
-    world.prefill[0].arrived.clear()
+    world.prefill[0].answered.clear()
     return world
 
 

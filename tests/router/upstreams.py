@@ -27,6 +27,7 @@ class Instance:
         self.aborted = 0
         self.running = 0
         self.arrived = asyncio.Event()
+        self.answered = asyncio.Event()
         self.port = 0
         self._runner: web.AppRunner | None = None
 
@@ -72,6 +73,7 @@ class Instance:
             raise
         finally:
             self.running -= 1
+            self.answered.set()
 
 
 def is_chat(request: web.Request) -> bool:
@@ -137,10 +139,8 @@ def after(first: Instance, then: Act) -> Act:
     """``then`` once ``first`` has answered something and is at rest: of two legs at once, this one ends last."""
 
     async def act(instance: Instance, request: web.Request, body: Body) -> web.StreamResponse:
-        await first.arrived.wait()
-        while first.running:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)  # its answer is on its way to the router
+        await first.answered.wait()
+        await asyncio.sleep(0.1)  # on its way to the router
         return await then(instance, request, body)
 
     return act

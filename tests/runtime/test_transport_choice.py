@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pd_connector import Agent, Config, TransferFailed
+from pd_connector import Agent, Config, TransferFailed, TransportUnavailable
 from pd_connector.testing.fault_script import FaultScript, Rule
+from pd_connector.transport import registry
 from pd_connector.transport.base import Status
+from pd_connector.transport.inproc import InprocTransport
 
 BLOCKS, BYTES = 8, 4096
 REFUSES = Rule(action="fail", on="connect", status=Status.PEER_LOST)
@@ -75,3 +77,25 @@ async def test_a_peer_that_no_transport_reaches_is_given_up_with_every_reason() 
         ticket = p.lease([0])
         with pytest.raises(TransferFailed, match="inproc: peer_lost"):
             await d.pull(ticket, [0], timeout=10)
+
+
+class Greedy(InprocTransport):
+    """One that takes no memory."""
+
+    def register(self, regions: Any) -> None:
+        raise TransportUnavailable("inproc", "it is full")
+
+
+async def test_one_that_cannot_register_is_left_out_unless_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = registry.load
+    monkeypatch.setattr(registry, "load", lambda name: Greedy if name == "inproc" else real(name))
+    source = np.ones((2, BLOCKS, BYTES), np.uint8)
+    async with Agent(Config()) as p:
+        p.register(list(source))
+        offered = p.core.identity.transports
+        assert "inproc" not in offered
+        assert "zmq" in offered
+    for transports in (("inproc",), ("inproc", "zmq")):
+        async with Agent(Config(transport=transports)) as p:
+            with pytest.raises(TransportUnavailable, match="it is full"):
+                p.register(list(source))

@@ -1,4 +1,4 @@
-"""The conformance suite over real verbs: reading and writing, one process and two, plain and inside a FaultyTransport."""
+"""The conformance suite over real verbs: reading and writing, one process and two, plain and in a FaultyTransport."""
 
 from __future__ import annotations
 

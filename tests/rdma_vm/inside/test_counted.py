@@ -1,4 +1,4 @@
-"""What is asked of a device is what the plan says: requests, completions, reads under way, packets by its own counters."""
+"""What is asked of a device is what the plan says: requests, completions, reads under way, packets as it counts."""
 
 from __future__ import annotations
 
