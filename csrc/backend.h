@@ -4,6 +4,7 @@
 
 #include "pd.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
@@ -77,6 +78,8 @@ void pd_dialled(pd_transport *core, uint64_t peer, pd_status status, const char 
 void pd_lost(pd_transport *core, uint64_t peer, const char *words);
 void pd_retain(pd_memory *memory);
 void pd_release(pd_memory *memory);
+/* A thread that leaves signals to the host's own, but for those that tell of its own crash. 0, or an errno. */
+int pd_start(pthread_t *out, void *(*run)(void *), void *argument);
 void pd_pin(const pd_options *options, int index); /* the calling thread, which is the index-th, to its processors */
 
 extern const pd_backend pd_shm, pd_tcp, pd_verbs;

@@ -364,15 +364,23 @@ static void *run_thread(void *argument)
     return NULL;
 }
 
+int pd_start(pthread_t *out, void *(*run)(void *), void *argument)
+{
+    sigset_t most, kept;
+    sigfillset(&most);
+    for (int i = 0, crashes[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}; i < 5; i++)
+        sigdelset(&most, crashes[i]);
+    pthread_sigmask(SIG_SETMASK, &most, &kept);
+    int error = pthread_create(out, NULL, run, argument);
+    pthread_sigmask(SIG_SETMASK, &kept, NULL);
+    return error;
+}
+
 /* Threads start with the first peer: an agent that only serves has none. */
 int start_threads(pd_transport *transport)
 {
-    sigset_t all, kept;
-    sigfillset(&all);
     while (transport->running < transport->options.threads) {
-        pthread_sigmask(SIG_SETMASK, &all, &kept); /* signals are for the host's own threads */
-        int error = pthread_create(&transport->threads[transport->running], NULL, run_thread, transport);
-        pthread_sigmask(SIG_SETMASK, &kept, NULL);
+        int error = pd_start(&transport->threads[transport->running], run_thread, transport);
         if (error && !transport->running)
             return pd_fail(error, "cannot start a copy thread: %s", strerror(error));
         if (error)

@@ -3,7 +3,6 @@
 #include "tcp.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -113,12 +112,8 @@ static void *tcp_open(pd_transport *core, const pd_options *options)
         error = start_loop(all, &all->loops[all->num_loops]);
     if (!error)
         error = tcp_listen(all, options);
-    sigset_t every, kept;
-    sigfillset(&every);
     for (int i = 0; !error && i < all->num_loops; i++) {
-        pthread_sigmask(SIG_SETMASK, &every, &kept); /* signals are for the host's own threads */
-        error = pthread_create(&all->loops[i].thread, NULL, run_loop, &all->loops[i]);
-        pthread_sigmask(SIG_SETMASK, &kept, NULL);
+        error = pd_start(&all->loops[i].thread, run_loop, &all->loops[i]);
         all->loops[i].running = !error;
         if (error)
             pd_fail(error, "cannot start a thread: %s", strerror(error));

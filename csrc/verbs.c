@@ -5,7 +5,6 @@
 #include "core.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -130,11 +129,7 @@ static int start(verbs *all)
         error = verbs_listen(all);
     if (error)
         return error;
-    sigset_t every, kept;
-    sigfillset(&every);
-    pthread_sigmask(SIG_SETMASK, &every, &kept); /* signals are for the host's own threads */
-    error = pthread_create(&all->thread, NULL, run_loop, all);
-    pthread_sigmask(SIG_SETMASK, &kept, NULL);
+    error = pd_start(&all->thread, run_loop, all);
     all->running = !error;
     return error ? pd_fail(error, "cannot start a thread: %s", strerror(error)) : 0;
 }

@@ -35,7 +35,9 @@ export PATH={path} PYTHONDONTWRITEBYTECODE=1
 cd {folder}
 echo up >/run/job/up
 {command} </dev/null >/run/job/out 2>&1
-echo $? >/run/job/status
+rc=$?
+dmesg 2>/dev/null | grep segfault >>/run/job/out
+echo $rc >/run/job/status
 sync
 echo b >/proc/sysrq-trigger
 read never </dev/console
