@@ -62,6 +62,7 @@ RUN: dict[str, Callable[[list[str]], None]] = {
 NOT_RUN: list[tuple[str, str]] = [
     (r"make demo", "minutes of real vLLM: tests/demo runs the same"),
     (r"make test", "this is it"),
+    (r"make rdma-test( ARGS=--short)?", "minutes of emulated machines: .ci/run runs the short one"),
     (
         r"make sim (SEEDS|SEED|PLANT)=\S+",
         "minutes of all cores, or meant to fail: tests/simulation runs the same module",

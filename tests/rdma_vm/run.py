@@ -18,7 +18,7 @@ from guest import Guest, pair, run
 from image import Image, NoGuests, prepare
 
 INSIDE = "tests/rdma_vm/inside"
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "--timeout=400"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "--tb=short", "--timeout=400"]
 _SHORT = (
     "test_conformance.py and TestVerbsBetweenProcesses and (plans or killed or cancel_in or fence_in or granted)",
     "test_handover.py and not vanishes",
