@@ -131,6 +131,19 @@ static void drop_orphans(peer *each, pd_status status, const char *words)
     }
 }
 
+/* What nobody waits for any more. */
+static void waive_orphans(peer *each)
+{
+    for (flight **at = &each->orphans, *one; (one = *at);) {
+        if (pd_wanted(each->verbs->core, one->taken)) {
+            at = &one->next;
+            continue;
+        }
+        *at = one->next;
+        flight_give(each->verbs, one, PD_CANCELLED, "");
+    }
+}
+
 /* A peer without a lane that is open or may become so is lost. */
 static void look_after(peer *each)
 {
@@ -168,6 +181,8 @@ static bool peer_turn(peer *each, bool woken)
     }
     if (!over)
         look_after(each);
+    if (woken)
+        waive_orphans(each);
     if (each->lost || atomic_load(&each->gone))
         drop_orphans(each, PD_PEER_LOST, "lost");
     return !(over && quiet);

@@ -14,5 +14,5 @@ for part in proc sys dev; do $b mkdir -p "/new/$part"; $b mount --move "/$part" 
 for part in run dev/shm; do $b mkdir -p "/new/$part"; $b chroot /new /bin/mount -t tmpfs -o mode=1777 tmpfs "/$part"; done
 $b mkdir -p /new/run/job /new/dev/pts
 share job /new/run/job cache=none
-exec $b chroot /new /usr/bin/env -i HOME=/run TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+exec $b chroot /new /usr/bin/env -i HOME=/root TERM=dumb PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     /bin/sh /run/job/start
