@@ -100,8 +100,8 @@ def _ib(arguments: list[str], rail: int, peer: tuple[str, ...]) -> subprocess.Po
     )
 
 
-def beside(peer: str, rails: list[int], write: bool, case: Case) -> Mapping[str, float]:
-    """GB/s of ib_read_bw (ib_write_bw is not what we are measured by: the bytes come here) over all rails at once."""
+def beside(peer: str, rails: list[int], case: Case) -> Mapping[str, float]:
+    """GB/s of ib_read_bw over all rails at once."""
     total = max(DEPTH * QUEUES, min(case.chunks, 5000) // len(rails))
     arguments = ["-s", str(case.chunk_bytes), "-n", str(total // QUEUES), "-q", str(QUEUES), "-t", str(DEPTH), "-F"]
     clients = []
@@ -144,7 +144,7 @@ def rows(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[s
                     memory="foreign", host=options.host, more=more,
                 )  # fmt: skip
                 start = partial(FarOwner, options.peer) if options.peer else Owner
-                row = measure(case, partial(beside, options.peer, list(range(count)), verb == "write"), start)
+                row = measure(case, partial(beside, options.peer, list(range(count))), start)
                 rate = line_rate(here[:count])
                 row |= {"case": f"{verb}, {chunk} bytes, {count} rails", "verb": verb, "rails": names}
                 row |= {"line_rate_gbps": rate, "of_line_rate": round(row["gbps_median"] / rate, 4) if rate else None}

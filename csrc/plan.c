@@ -101,6 +101,9 @@ int check_plan(const pd_memory *memory, const op *read, uint64_t *total)
             return pd_fail(EINVAL, "the plan does not fit the memory registered here: grid %llu does not exist",
                            (unsigned long long)pattern->dst_grid);
         const pd_grid *grid = &memory->grids[pattern->dst_grid];
+        if (memory->regions[grid->region].flags & PD_READ_ONLY)
+            return pd_fail(EINVAL, "the plan writes to grid %llu, whose memory is read-only",
+                           (unsigned long long)pattern->dst_grid);
         if (!pattern->bytes || dst_span > grid->block_bytes || pattern->dst_offset > grid->block_bytes - dst_span)
             return pd_fail(EINVAL, "the plan does not fit the memory registered here: %llu bytes at %llu of a block of %llu",
                            (unsigned long long)dst_span, (unsigned long long)pattern->dst_offset,

@@ -80,6 +80,7 @@ static void verbs_stop(void *own)
     if (all->running)
         pthread_join(all->thread, NULL);
     all->running = false;
+    joiner_stop(all);
     peers_close(all);
     served_close(all);
 }
@@ -100,6 +101,7 @@ static void verbs_close(void *own)
         if (fds[i] >= 0)
             close(fds[i]);
     grants_close(&all->leases);
+    pthread_cond_destroy(&all->to_join);
     pthread_mutex_destroy(&all->lock);
     free(all);
 }
@@ -129,6 +131,9 @@ static int start(verbs *all)
         error = verbs_listen(all);
     if (error)
         return error;
+    error = joiner_start(all);
+    if (error)
+        return error;
     error = pd_start(&all->thread, run_loop, all);
     all->running = !error;
     return error ? pd_fail(error, "cannot start a thread: %s", strerror(error)) : 0;
@@ -149,6 +154,7 @@ static void *verbs_open(pd_transport *core, const pd_options *options)
     all->spare = net_spare();
     grants_open(&all->leases);
     pthread_mutex_init(&all->lock, NULL);
+    pthread_cond_init(&all->to_join, NULL);
     all->epoll = epoll_create1(EPOLL_CLOEXEC);
     all->bell = (source){rung, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
     bool fine = all->epoll >= 0 && all->bell.fd >= 0 &&

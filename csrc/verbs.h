@@ -34,8 +34,11 @@ enum {
     VERBS_DEPTH = 4,      /* slices in flight per lane */
     VERBS_ALLOWANCE = 64 << 20,
     VERBS_CONNECTIONS = 1024, /* that an owner serves at once */
-    VERBS_SCRATCH = 4096,     /* places of VERBS_INSTANCE bytes in a rail's scratch memory; the first has our own */
+    VERBS_SCRATCH = 255,      /* places of VERBS_INSTANCE bytes in a rail's scratch memory */
     VERBS_MESSAGE = 16 << 20, /* bytes of the largest message */
+    VERBS_BLOCKS = 4 << 20,   /* that a lease may have, all groups together */
+    VERBS_STRANGERS = 128,    /* of an owner's connections that have not joined; then the oldest goes */
+    VERBS_PERMITS = 16,       /* kept per lane for reads that may go on */
     VERBS_PIECES = 2 * PD_SLICE_PIECES, /* that one WRITE may ask for */
     VERBS_GREETING_MS = 10000,
     VERBS_SETTLE_MS = 1000, /* that a read which nobody wants may still take before its queue pair is broken */
@@ -146,8 +149,8 @@ struct rail {
     ib_context *context;
     ib_pd *pd;
     ib_channel *channel;
-    ib_mr *scratch_mr;
-    unsigned char *scratch;
+    ib_mr *scratch_mr, *token_mr;
+    unsigned char *scratch, *token; /* where instances of others are read to; our own, which all may read */
     uint8_t port, gid_index, link_layer;
     uint64_t max_mr;
     int max_requests, max_completions, reads_out, reads_in;
@@ -183,6 +186,8 @@ typedef struct {
     uint32_t *keys;
 } table;
 
+typedef enum { NOT_JOINED, TO_JOIN, JOINED_WELL, JOINED_ILL } queue_joining;
+
 /* A reliable queue pair with its completions. */
 struct queue {
     queue *next, **at; /* among those of the rail */
@@ -196,6 +201,9 @@ struct queue {
         void *what;
         unsigned requests;
     } batches[VERBS_REQUESTS]; /* under way, in order */
+    _Atomic int joining; /* a queue_joining */
+    verbs_end other;
+    queue *next_to_join;
     bool broken;
     int error; /* the first completion's that was none */
     char words[PD_MAX_WORDS];
@@ -233,7 +241,11 @@ struct verbs {
     atomic_bool stop;
     verbs_counts counts;
     grants leases;
-    pthread_mutex_t lock; /* guards the three below */
+    pthread_t joiner;
+    bool joining;
+    pthread_cond_t to_join;
+    queue *joins; /* under the lock */
+    pthread_mutex_t lock; /* guards the three below, too */
     struct keys *keys;
     uint64_t generation; /* of the keys */
     struct peer *new_peers;
@@ -244,6 +256,7 @@ struct verbs {
     uint64_t next_serial;
     flight *spare_flights;
     buffer *buffers;
+    verbs_piece list[VERBS_PIECES]; /* of a WRITE that is being made */
     pd_piece pieces[PD_SLICE_PIECES];
 };
 
@@ -264,14 +277,16 @@ const ib_mr *destination_find(const verbs *all, const keys *each, int index, uin
 unsigned char *buffer_make(void *own);
 void buffers_free(verbs *all);
 
-/* verbs_queue.c */
+/* verbs_queue.c. Joining may take a second, for the kernel looks for the way to the other port: a thread does it. */
 int queue_make(queue *made, rail *on);
-int queue_join(queue *each, const verbs_end *other);
+void queue_join(queue *each, const verbs_end *other); /* ends with a wake-up and `joining` JOINED_WELL or JOINED_ILL */
+int joiner_start(verbs *all);
+void joiner_stop(verbs *all);
 int queue_post(queue *each, ib_send_wr *requests, unsigned count, void *what);
 void queue_receive(queue *each, unsigned count);
 void queue_break(queue *each);
 bool queue_quiet(const queue *each); /* nothing of it moves any more */
-void queue_free(queue *each);
+bool queue_free(queue *each); /* false: the device keeps it, and may still write */
 bool rails_look(verbs *all); /* take completions; false: there were none */
 void rail_completions(source *self, uint32_t events);
 

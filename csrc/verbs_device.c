@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -55,6 +56,7 @@ static void events_ready(source *self, uint32_t events)
     (void)events;
     rail *each = (rail *)((char *)self - offsetof(rail, events));
     ib_async_event event;
+    errno = 0;
     while (!ib.get_async_event(each->context, &event)) {
         bool ours = event.event_type == IB_EVENT_DEVICE_FATAL || event.element.port_num == each->port;
         if (ours && (event.event_type == IB_EVENT_PORT_ERR || event.event_type == IB_EVENT_DEVICE_FATAL))
@@ -62,6 +64,11 @@ static void events_ready(source *self, uint32_t events)
         if (ours && event.event_type == IB_EVENT_PORT_ACTIVE)
             atomic_store(&each->down, false);
         ib.ack_async_event(&event);
+        errno = 0;
+    }
+    if (errno && errno != EAGAIN && errno != EINTR) { /* the device is gone, and would tell so for ever */
+        atomic_store(&each->down, true);
+        epoll_ctl(each->verbs->epoll, EPOLL_CTL_DEL, self->fd, NULL);
     }
 }
 
@@ -91,9 +98,10 @@ int pd_dma_buf(const char *name)
     if (!opened)
         return error ? error : -ENODEV;
     ib_pd *domain = ib.alloc_pd(opened);
-    int file = memfd_create("pd-none", MFD_CLOEXEC);
+    int file = domain ? memfd_create("pd-none", MFD_CLOEXEC) : -1;
     ib_mr *made = domain && ib.reg_dmabuf_mr ? ib.reg_dmabuf_mr(domain, 0, 4096, 0, file, IB_REMOTE_READ) : NULL;
-    error = made || !ib.reg_dmabuf_mr || errno == EOPNOTSUPP || errno == ENOSYS
+    error = file < 0 ? pd_fail(errno, "not tried: %s", strerror(errno))
+            : made || !ib.reg_dmabuf_mr || errno == EOPNOTSUPP || errno == ENOSYS
                 ? pd_fail(EOPNOTSUPP, "%s takes no dma-bufs", ib.reg_dmabuf_mr ? "its driver" : "this libibverbs") : 0;
     if (made)
         ib.dereg_mr(made);
@@ -146,12 +154,14 @@ static int rail_open(rail *each, verbs_port *port)
     each->channel = each->pd ? ib.create_comp_channel(each->context) : NULL;
     if (!each->channel || unblock(each->channel->fd) || unblock(each->context->async_fd))
         return pd_fail(errno, "%s: %s", each->name, strerror(errno));
-    each->scratch = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    each->scratch = mmap(NULL, bytes + VERBS_INSTANCE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (each->scratch == MAP_FAILED)
         return each->scratch = NULL, pd_fail(errno, "no memory");
-    memcpy(each->scratch, each->verbs->where.instance, VERBS_INSTANCE);
-    each->scratch_mr = ib.reg_mr(each->pd, each->scratch, bytes, IB_LOCAL_WRITE | IB_REMOTE_READ);
-    if (!each->scratch_mr)
+    each->token = each->scratch + bytes;
+    memcpy(each->token, each->verbs->where.instance, VERBS_INSTANCE);
+    each->scratch_mr = ib.reg_mr(each->pd, each->scratch, bytes, IB_LOCAL_WRITE);
+    each->token_mr = each->scratch_mr ? ib.reg_mr(each->pd, each->token, VERBS_INSTANCE, IB_REMOTE_READ) : NULL;
+    if (!each->token_mr)
         return pd_fail(errno, "%s registers no memory: %s", each->name, strerror(errno));
     each->completions = (source){rail_completions, each->channel->fd};
     each->events = (source){events_ready, each->context->async_fd};
@@ -190,10 +200,12 @@ void rails_close(verbs *all)
 {
     for (int i = 0; i < all->num_rails; i++) {
         rail *each = &all->rails[i];
+        if (each->token_mr)
+            ib.dereg_mr(each->token_mr);
         if (each->scratch_mr)
             ib.dereg_mr(each->scratch_mr);
         if (each->scratch)
-            munmap(each->scratch, VERBS_SCRATCH * VERBS_INSTANCE);
+            munmap(each->scratch, (VERBS_SCRATCH + 1) * VERBS_INSTANCE);
         if (each->channel)
             ib.destroy_comp_channel(each->channel);
         if (each->pd)
@@ -347,22 +359,24 @@ keys *keys_make(verbs *all, pd_memory *memory)
 const ib_mr *keys_find(const keys *each, int index, uint64_t at, uint64_t *bytes)
 {
     size_t low = 0, high = each->memory->num_regions;
-    while (low < high) { /* the last region that starts at or before it */
+    while (low < high) { /* behind the last region that starts at or before it */
         size_t middle = (low + high) / 2;
         if (each->memory->regions[each->sorted[middle]].address <= at)
             low = middle + 1;
         else
             high = middle;
     }
-    if (!low)
-        return NULL;
-    size_t region = each->sorted[low - 1];
-    uint64_t inside = at - each->memory->regions[region].address;
-    if (inside >= each->memory->regions[region].length)
-        return NULL;
-    uint64_t rest = each->chunk - inside % each->chunk;
-    *bytes = *bytes < rest ? *bytes : rest;
-    return each->mrs[(size_t)index * each->num_chunks + each->first[region] + inside / each->chunk];
+    while (low--) { /* a region may lie in another one */
+        size_t region = each->sorted[low];
+        uint64_t inside = at - each->memory->regions[region].address, length = each->memory->regions[region].length;
+        if (inside >= length)
+            continue;
+        uint64_t rest = each->chunk - inside % each->chunk;
+        rest = rest < length - inside ? rest : length - inside;
+        *bytes = *bytes < rest ? *bytes : rest;
+        return each->mrs[(size_t)index * each->num_chunks + each->first[region] + inside / each->chunk];
+    }
+    return NULL;
 }
 
 const ib_mr *destination_find(const verbs *all, const keys *each, int index, uint64_t at, uint64_t *bytes)

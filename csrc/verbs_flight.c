@@ -8,10 +8,8 @@
 
 /* --- permits ------------------------------------------------------------------------------------------------------ */
 
-static void permit_release(lane *each, permit *gone)
+static void permit_free(lane *each, permit *gone)
 {
-    if (!gone || --gone->refs)
-        return;
     permit **at = &each->permits;
     while (*at != gone)
         at = &(*at)->next;
@@ -19,6 +17,25 @@ static void permit_release(lane *each, permit *gone)
     if (gone->leased)
         grant_free(gone->leased);
     free(gone);
+}
+
+/* Of those that no flight has, the ones that were asked for first go. */
+static void permit_release(lane *each, permit *used)
+{
+    if (!used || --used->refs)
+        return;
+    permit *oldest = NULL;
+    int count = 0;
+    for (permit *one = each->permits; one; one = one->next, count++)
+        oldest = one->refs ? oldest : one;
+    if (count > VERBS_PERMITS && oldest)
+        permit_free(each, oldest);
+}
+
+void permits_drop(lane *each)
+{
+    while (each->permits)
+        permit_free(each, each->permits);
 }
 
 /* The permit that a flight goes under; the owner is asked when there is none for its read. NULL without memory. */
@@ -34,6 +51,7 @@ static permit *permit_for(lane *each, const flight *one)
         found->tag = one->tag;
         found->serial = ++each->peer->verbs->next_serial;
         found->left = VERBS_ALLOWANCE;
+        found->asked = net_now_ms();
         found->next = each->permits;
         each->permits = found;
         verbs_ask asked = {
@@ -120,6 +138,7 @@ flight *flight_next(lane *each)
     one->permit = NULL;
     one->next_piece = (cursor){0, 0, 0};
     one->under_way = 0;
+    one->asked = 0;
     one->judged = one->posted = one->failed = false;
     one->unwanted = 0;
     one->keys = keys_hold(all);
@@ -194,7 +213,7 @@ static void post_reads(lane *each, flight *one)
 static void post_write(lane *each, flight *one)
 {
     verbs *all = each->peer->verbs;
-    verbs_piece *list = calloc(VERBS_PIECES, sizeof *list);
+    verbs_piece *list = all->list;
     verbs_ask asked = {
         .serial = one->serial = ++all->next_serial & 0xffffffff,
         .number = one->lease.number,
@@ -202,7 +221,7 @@ static void post_write(lane *each, flight *one)
         .capability_bytes = (uint32_t)one->lease.capability_bytes,
     };
     memcpy(asked.capability, one->capability, sizeof asked.capability);
-    bool fits = list;
+    bool fits = true;
     for (cursor at = {0, 0, 0}; fits && at.piece < one->count;) {
         const pd_piece *piece = &one->pieces[at.piece];
         uint64_t dst = (uintptr_t)piece->dst + at.block * piece->bytes + at.byte;
@@ -223,8 +242,7 @@ static void post_write(lane *each, flight *one)
     else if (!wire_send(&each->wire, WRITE, &asked, sizeof asked, list, asked.pieces * sizeof *list))
         lane_fail(each, "the connection beside it broke");
     else
-        one->under_way = 1;
-    free(list);
+        one->under_way = 1, one->asked = net_now_ms();
 }
 
 /* Nothing of it is under way and nothing more of it will be. */

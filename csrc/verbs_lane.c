@@ -47,8 +47,9 @@ static void arrived(queue *self, uint32_t serial)
 }
 
 /* Read the owner's instance out of its memory: whether the way is open, and leads to whom we mean. */
-static void try_way(lane *each, const verbs_joined *joined)
+static void try_way(lane *each)
 {
+    const verbs_joined *joined = &each->joined;
     verbs *all = each->peer->verbs;
     each->place = 1 + (uint32_t)(++all->next_serial % (VERBS_SCRATCH - 1));
     uint64_t here = (uintptr_t)(each->rail->scratch + each->place * VERBS_INSTANCE);
@@ -73,6 +74,7 @@ static bool take_answer(lane *each, const unsigned char *body, size_t bytes)
     char words[PD_MAX_WORDS] = "";
     if (head.status != PD_DONE)
         memcpy(words, body, bytes < sizeof words - 1 ? bytes : sizeof words - 1);
+    each->progress = net_now_ms();
     permit *asked = each->permits;
     while (asked && asked->serial != head.serial)
         asked = asked->next;
@@ -94,19 +96,15 @@ static bool take_message(lane *each)
     const wire *from = &each->wire;
     const unsigned char *body = from->in;
     size_t bytes = from->head.bytes;
-    verbs_joined joined;
     char words[PD_MAX_WORDS] = "";
     switch (from->head.kind) {
     case JOINED:
-        if (each->state != JOINING || !each->table || bytes != sizeof joined)
+        if (each->state != JOINING || !each->table || bytes != sizeof each->joined || each->queue.joining != NOT_JOINED)
             return false;
-        memcpy(&joined, body, sizeof joined);
-        if (joined.end.reads > each->queue.end.reads)
+        memcpy(&each->joined, body, sizeof each->joined);
+        if (each->joined.end.reads > each->queue.end.reads)
             return false;
-        if (queue_join(&each->queue, &joined.end))
-            lane_fail(each, pd_last_error());
-        else
-            try_way(each, &joined);
+        queue_join(&each->queue, &each->joined.end);
         return true;
     case REFUSED:
         if (each->state != JOINING || bytes >= PD_MAX_WORDS)
@@ -151,8 +149,6 @@ static void lane_ready(source *self, uint32_t events)
         char words[PD_MAX_WORDS];
         snprintf(words, sizeof words, "%s: %s", each->state == OPEN ? "lost" : "cannot be reached",
                  error ? strerror(error) : "connection closed");
-        if (got > 0)
-            each->progress = net_now_ms();
         if (got < 0)
             lane_fail(each, words);
         else if (!take_message(each))
@@ -191,7 +187,8 @@ void lane_fail(lane *each, const char *words)
         return;
     atomic_fetch_add(&each->peer->verbs->counts.broken, each->state == OPEN);
     char whole[PD_MAX_WORDS]; /* `words` may be our own */
-    snprintf(whole, sizeof whole, "%s: %.*s", each->rail->name, PD_MAX_WORDS - 96, words);
+    bool named = !strncmp(words, each->rail->name, strlen(each->rail->name));
+    snprintf(whole, sizeof whole, "%s%s%.*s", named ? "" : each->rail->name, named ? "" : ": ", PD_MAX_WORDS - 96, words);
     memcpy(each->words, whole, sizeof whole);
     each->state = BREAKING;
     each->deadline = net_now_ms() + VERBS_SETTLE_MS;
@@ -204,7 +201,10 @@ void lane_fail(lane *each, const char *words)
 static void wind_up(lane *each)
 {
     peer *owner = each->peer;
-    queue_free(&each->queue);
+    if (each->queue.joining == TO_JOIN || !queue_free(&each->queue)) {
+        each->deadline = net_now_ms() + VERBS_SETTLE_MS; /* its flights are kept: leaked rather than written over */
+        return;
+    }
     bool over = owner->lost || atomic_load(&owner->gone);
     for (flight *one; (one = each->flights);) {
         if (over || one->unwanted) {
@@ -218,6 +218,7 @@ static void wind_up(lane *each)
         one->next = owner->orphans;
         owner->orphans = one;
     }
+    permits_drop(each);
     table_release(each->table);
     each->table = NULL;
     each->state = PAUSED;
@@ -230,6 +231,7 @@ void lane_stop(lane *each, pd_status status, const char *words)
     queue_free(&each->queue);
     while (each->flights)
         flight_end(each, each->flights, status, words);
+    permits_drop(each);
     table_release(each->table);
     each->table = NULL;
 }
@@ -245,20 +247,46 @@ static void waive(lane *each, int64_t now)
     }
 }
 
+/* When an open lane breaks at the latest, unless something comes; and why. */
+static int64_t patience(const lane *each, const char **why)
+{
+    int64_t first = INT64_MAX;
+    for (const permit *one = each->permits; one; one = one->next)
+        if (!one->answered && one->refs && one->asked + NET_PATIENCE_MS < first)
+            first = one->asked + NET_PATIENCE_MS, *why = "it did not answer for 15 s";
+    for (const flight *one = each->flights; one; one = one->next) {
+        int64_t end = (one->asked ? one->asked : each->progress) + NET_PATIENCE_MS;
+        if (end < first)
+            first = end, *why = "nothing came for 15 s";
+        if (one->unwanted && one->unwanted + VERBS_SETTLE_MS < first)
+            first = one->unwanted + VERBS_SETTLE_MS, *why = NULL;
+    }
+    return first;
+}
+
+int64_t lane_deadline(const lane *each)
+{
+    const char *why;
+    return each->state == OPEN ? patience(each, &why) : each->deadline;
+}
+
 static void check(lane *each, int64_t now)
 {
+    const char *why = "";
     if (each->rail->down)
         lane_fail(each, "the port here went down");
+    else if (each->queue.joining == JOINED_ILL)
+        lane_fail(each, each->queue.words);
     else if (each->queue.broken)
         lane_fail(each, each->queue.words[0] ? each->queue.words : "the queue pair broke");
     else if (each->state != OPEN && each->deadline <= now)
         lane_fail(each, "it did not answer within 10 s");
-    for (const flight *one = each->flights; one && each->state == OPEN; one = one->next)
-        if (one->unwanted && one->unwanted + VERBS_SETTLE_MS <= now) {
-            each->fenced = true;
-            lane_fail(each, "a read that nobody wants did not end within 1 s");
-        } else if (each->progress + NET_PATIENCE_MS <= now)
-            lane_fail(each, "nothing came for 15 s");
+    else if (each->state == JOINING && each->queue.joining == JOINED_WELL)
+        try_way(each);
+    else if (each->state == OPEN && patience(each, &why) <= now) {
+        each->fenced = !why;
+        lane_fail(each, why ? why : "a read that nobody wants did not end within 1 s");
+    }
 }
 
 void lane_turn(lane *each, bool woken)

@@ -11,7 +11,8 @@ typedef struct permit {
     struct permit *next;
     uint64_t tag, serial;
     uint64_t left; /* bytes that may still be asked for under it */
-    int refs;      /* flights */
+    int64_t asked; /* when */
+    int refs;      /* flights; without any it is kept for the next ones of its read */
     bool answered;
     pd_status status;
     bool known;
@@ -31,6 +32,7 @@ struct flight {
     bool judged, posted, failed; /* posted: all of it. failed: what is under way is for nothing */
     int64_t unwanted;            /* since when; 0: it is wanted */
     uint64_t serial;             /* of its WRITE */
+    int64_t asked;               /* when that was sent; 0: it reads */
     uint64_t tag;
     pd_lease lease;
     unsigned char capability[PD_MAX_CAPABILITY];
@@ -55,6 +57,7 @@ struct lane {
     bool fenced; /* broken by us, for a read that would not end: to be joined again at once */
     uint32_t place;   /* in the rail's scratch memory */
     table *table;
+    verbs_joined joined;
     permit *permits;
     flight *flights, **last;
     unsigned count;
@@ -76,6 +79,7 @@ struct peer {
 
 void lane_start(lane *each);
 void lane_turn(lane *each, bool woken); /* what is due now */
+int64_t lane_deadline(const lane *each);
 void lane_fail(lane *each, const char *words);
 void lane_stop(lane *each, pd_status status, const char *words); /* at once, with all of its flights */
 
@@ -84,6 +88,7 @@ flight *flight_next(lane *each); /* take another slice, an orphan first; NULL: t
 void flights_advance(lane *each);
 void flight_settle(lane *each, flight *one); /* end it, if nothing of it is under way */
 void flight_end(lane *each, flight *one, pd_status status, const char *words);
+void permits_drop(lane *each); /* after the flights */
 void flight_unlink(lane *each, flight *gone);
 void flight_give(verbs *all, flight *each, pd_status status, const char *words);
 

@@ -57,13 +57,16 @@ static void writing_free(served *each, writing *gone)
     free(gone);
 }
 
-static void served_free(served *each)
+/* False: not yet. */
+static bool served_free(served *each)
 {
-    queue_free(&each->queue); /* the device has finished with what it wrote */
+    if (each->queue.joining == TO_JOIN || !queue_free(&each->queue))
+        return false;
     while (each->writes)
         writing_free(each, each->writes);
     each->verbs->num_served--;
     free(each);
+    return true;
 }
 
 /* --- introductions ------------------------------------------------------------------------------------------------ */
@@ -104,7 +107,7 @@ static void join(served *each)
 {
     verbs *all = each->verbs;
     verbs_join asked;
-    if (each->wire.head.kind != JOIN || each->wire.head.bytes != sizeof asked) {
+    if (each->wire.head.kind != JOIN || each->wire.head.bytes != sizeof asked || each->queue.rail) {
         hang_up(each);
         return;
     }
@@ -122,16 +125,23 @@ static void join(served *each)
         each->queue.landed = landed, each->queue.arrived = arrived;
         asked.end.reads = asked.end.reads < on->reads_in ? asked.end.reads : (uint8_t)on->reads_in;
         each->queue.end.reads = asked.end.reads;
-        verbs_joined answer = {each->queue.end, (uintptr_t)on->scratch, on->scratch_mr->rkey, 0};
-        if (queue_join(&each->queue, &asked.end)) {
-            refuse(each, pd_last_error());
-            return;
-        }
-        each->joined = true;
-        each->deadline = INT64_MAX;
-        if (!tell_memory(each) || !wire_send(&each->wire, JOINED, &answer, sizeof answer, NULL, 0))
-            hang_up(each);
+        queue_join(&each->queue, &asked.end);
     }
+}
+
+/* The queue pair is joined, or will never be. */
+static void introduce(served *each)
+{
+    const rail *on = each->queue.rail;
+    verbs_joined answer = {each->queue.end, (uintptr_t)on->token, on->token_mr->rkey, 0};
+    if (each->queue.joining == JOINED_ILL) {
+        refuse(each, each->queue.words);
+        return;
+    }
+    each->joined = true;
+    each->deadline = INT64_MAX;
+    if (!tell_memory(each) || !wire_send(&each->wire, JOINED, &answer, sizeof answer, NULL, 0))
+        hang_up(each);
 }
 
 /* --- questions ---------------------------------------------------------------------------------------------------- */
@@ -332,6 +342,30 @@ static void served_ready(source *self, uint32_t events)
     }
 }
 
+static void turn_away(int fd)
+{
+    static const char words[] = "it serves as many connections as it can: fewer peers, or 'queue_pairs': 1";
+    struct {
+        verbs_head head;
+        char words[sizeof words - 1];
+    } message = {{REFUSED, sizeof words - 1}, {0}};
+    memcpy(message.words, words, sizeof words - 1);
+    send(fd, &message, sizeof message.head + sizeof message.words, MSG_NOSIGNAL);
+    close(fd);
+}
+
+/* Whoever has been standing at the door for longest, if there are too many. */
+static void show_out(verbs *all)
+{
+    served *oldest = NULL; /* new ones are put first */
+    int count = 0;
+    for (served *one = all->served; one; one = one->next)
+        if (!one->joined && !one->closed)
+            oldest = one, count++;
+    if (count >= VERBS_STRANGERS)
+        hang_up(oldest);
+}
+
 static void accept_ready(source *self, uint32_t events)
 {
     (void)events;
@@ -341,9 +375,10 @@ static void accept_ready(source *self, uint32_t events)
         return;
     served *made = all->num_served < VERBS_CONNECTIONS ? calloc(1, sizeof *made) : NULL;
     if (!made) {
-        close(fd);
+        turn_away(fd);
         return;
     }
+    show_out(all);
     net_tune(fd);
     made->verbs = all;
     made->deadline = net_now_ms() + VERBS_GREETING_MS;
@@ -372,16 +407,17 @@ void served_turn(verbs *all)
         served *one = *at;
         if (one->deadline <= now || one->queue.broken)
             hang_up(one);
+        if (!one->closed && !one->joined && one->queue.joining > TO_JOIN)
+            introduce(one);
         if (!one->closed && one->joined && !tell_memory(one))
             hang_up(one);
         if (!one->closed)
             advance(one);
-        if (one->closed) {
-            *at = one->next;
-            served_free(one);
-        } else {
+        served *next = one->next;
+        if (one->closed && served_free(one))
+            *at = next;
+        else
             at = &one->next;
-        }
     }
 }
 

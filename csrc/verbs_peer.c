@@ -39,7 +39,7 @@ static bool can_join(const verbs_port *here, const verbs_port *there)
            (here->link_layer != IB_LINK_ETHERNET || mapped_ipv4(here->gid) == mapped_ipv4(there->gid));
 }
 
-/* For each rail here the rail there that it reads over, -1: none. Each is used once, as long as there are enough. */
+/* For each rail here the rail there that it reads over, -1: none. Each is used once at most. */
 static int pair_up(const verbs *all, const verbs_where *where, int out[VERBS_RAILS])
 {
     bool used[VERBS_RAILS] = {false};
@@ -232,12 +232,7 @@ int64_t peers_deadline(const verbs *all)
     int64_t first = INT64_MAX;
     for (const peer *one = all->peers; one; one = one->next)
         for (int i = 0; i < one->num_lanes; i++) {
-            const lane *each = &one->lanes[i];
-            int64_t due = each->state == OPEN ? INT64_MAX : each->deadline;
-            for (const flight *slice = each->flights; slice && each->state == OPEN; slice = slice->next) {
-                int64_t end = slice->unwanted ? slice->unwanted + VERBS_SETTLE_MS : each->progress + NET_PATIENCE_MS;
-                due = end < due ? end : due;
-            }
+            int64_t due = lane_deadline(&one->lanes[i]);
             first = due < first ? due : first;
         }
     return first;

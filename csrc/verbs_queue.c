@@ -72,9 +72,10 @@ int queue_make(queue *made, rail *on)
     return error;
 }
 
-int queue_join(queue *each, const verbs_end *other)
+static int join(queue *each)
 {
     const rail *on = each->rail;
+    const verbs_end *other = &each->other;
     const verbs_settings *settings = &on->verbs->settings;
     int reads = other->reads ? other->reads : 1;
     ib_qp_attr ready = {
@@ -112,6 +113,62 @@ int queue_join(queue *each, const verbs_end *other)
     return 0;
 }
 
+static void *run_joiner(void *argument)
+{
+    verbs *all = argument;
+    pthread_mutex_lock(&all->lock);
+    while (!atomic_load(&all->stop)) {
+        queue *each = all->joins;
+        if (!each) {
+            pthread_cond_wait(&all->to_join, &all->lock);
+            continue;
+        }
+        all->joins = each->next_to_join;
+        pthread_mutex_unlock(&all->lock);
+        int error = join(each);
+        if (error)
+            snprintf(each->words, sizeof each->words, "%s", pd_last_error());
+        atomic_store(&each->joining, error ? JOINED_ILL : JOINED_WELL);
+        net_ring(all->bell.fd);
+        pthread_mutex_lock(&all->lock);
+    }
+    pthread_mutex_unlock(&all->lock);
+    return NULL;
+}
+
+void queue_join(queue *each, const verbs_end *other)
+{
+    verbs *all = each->rail->verbs;
+    each->other = *other;
+    each->next_to_join = NULL;
+    atomic_store(&each->joining, TO_JOIN);
+    pthread_mutex_lock(&all->lock);
+    queue **last = &all->joins;
+    while (*last)
+        last = &(*last)->next_to_join;
+    *last = each;
+    pthread_cond_signal(&all->to_join);
+    pthread_mutex_unlock(&all->lock);
+}
+
+int joiner_start(verbs *all)
+{
+    int error = pd_start(&all->joiner, run_joiner, all);
+    all->joining = !error;
+    return error ? pd_fail(error, "cannot start a thread: %s", strerror(error)) : 0;
+}
+
+/* After `stop` was set. */
+void joiner_stop(verbs *all)
+{
+    pthread_mutex_lock(&all->lock);
+    pthread_cond_signal(&all->to_join);
+    pthread_mutex_unlock(&all->lock);
+    if (all->joining)
+        pthread_join(all->joiner, NULL);
+    all->joining = false;
+}
+
 /* --- work --------------------------------------------------------------------------------------------------------- */
 
 /* Hand requests over in one chain; the last one is the one that tells. The queue is broken after an error. */
@@ -126,8 +183,8 @@ int queue_post(queue *each, ib_send_wr *requests, unsigned count, void *what)
     int error = ib_post_send(each->qp, requests, &bad);
     if (error) {
         /* What came before it is under way without an end: only breaking the queue pair, and then removing it, tells. */
-        snprintf(each->words, sizeof each->words, "%s took %d of %u requests: %s", each->rail->name,
-                 bad ? (int)(bad - requests) : 0, count, strerror(error < 0 ? errno : error));
+        snprintf(each->words, sizeof each->words, "the device took %d of %u requests: %s", bad ? (int)(bad - requests) : 0,
+                 count, strerror(error < 0 ? errno : error));
         queue_break(each);
         return -EIO;
     }
@@ -158,19 +215,21 @@ bool queue_quiet(const queue *each)
 }
 
 /* Also when something is under way: the device has finished with a queue pair when it is removed. */
-void queue_free(queue *each)
+bool queue_free(queue *each)
 {
     if (!each->rail)
-        return;
-    if (each->qp)
-        ib.destroy_qp(each->qp);
+        return true;
+    if (each->qp && ib.destroy_qp(each->qp))
+        return false;
+    each->qp = NULL;
     if (each->cq)
         ib.destroy_cq(each->cq);
     *each->at = each->next;
     if (each->next)
         each->next->at = each->at;
-    each->qp = NULL, each->cq = NULL, each->rail = NULL;
+    each->cq = NULL, each->rail = NULL;
     each->count = 0;
+    return true;
 }
 
 /* --- completions -------------------------------------------------------------------------------------------------- */
@@ -180,7 +239,7 @@ static void fail(queue *each, const ib_wc *found)
     if (each->error || found->status == IB_WC_WR_FLUSH_ERR)
         return;
     each->error = found->status;
-    snprintf(each->words, sizeof each->words, "%s: %s%s", each->rail->name, ib.wc_status_str(found->status),
+    snprintf(each->words, sizeof each->words, "%s%s", ib.wc_status_str(found->status),
              found->status == IB_WC_RETRY_EXC_ERR    ? " (its host, its port or the way to it is gone)"
              : found->status == IB_WC_REM_ACCESS_ERR ? " (it does not know that key or address: its memory has changed)"
                                                      : "");

@@ -55,7 +55,8 @@ static bool sound(const table *made, size_t num_keys)
     uint64_t chunks = 0;
     for (size_t i = 0; i < memory->num_regions; i++) {
         const pd_region *region = &memory->regions[i];
-        if (!region->length || region->address + region->length < region->address || chunks > num_keys)
+        if (!region->length || region->address + region->length < region->address ||
+            chunks_of(region->length, made->chunk) > num_keys - chunks)
             return false;
         made->first[i] = chunks;
         chunks += chunks_of(region->length, made->chunk);
@@ -148,8 +149,8 @@ bool grant_encode(const grant *leased, unsigned char **out, size_t *bytes)
     return *out;
 }
 
-/* The ids of `runs` runs, which must be ascending and no more than there can be; NULL: they are not. */
-static uint32_t *expand(const unsigned char *body, uint32_t runs, size_t *count)
+/* The ids of `runs` runs, which must be ascending and no more than are `left`; NULL: they are not. */
+static uint32_t *expand(const unsigned char *body, uint32_t runs, size_t *count, uint64_t *left)
 {
     uint64_t total = 0, next = 0;
     for (uint32_t i = 0; i < runs; i++) {
@@ -159,7 +160,8 @@ static uint32_t *expand(const unsigned char *body, uint32_t runs, size_t *count)
             return NULL;
         total += run[1];
     }
-    uint32_t *ids = total <= VERBS_MESSAGE ? malloc((total + 1) * sizeof *ids) : NULL;
+    uint32_t *ids = total <= *left ? malloc((total + 1) * sizeof *ids) : NULL;
+    *left -= ids ? total : 0;
     *count = 0;
     for (uint32_t i = 0; ids && i < runs; i++) {
         uint32_t run[2];
@@ -174,6 +176,7 @@ grant *grant_parse(const unsigned char *body, size_t bytes, uint32_t groups)
 {
     if (groups > bytes / 8)
         return NULL;
+    uint64_t left = VERBS_BLOCKS;
     grant *made = calloc(1, sizeof *made + groups * sizeof(group));
     for (uint32_t i = 0; made && i < groups; i++) {
         uint32_t head[2] = {0, 0};
@@ -183,7 +186,7 @@ grant *grant_parse(const unsigned char *body, size_t bytes, uint32_t groups)
         fits = fits && head[1] <= (bytes - sizeof head) / 8;
         group *each = &made->groups[i];
         each->id = head[0];
-        each->ids = fits ? expand(body + sizeof head, head[1], &each->count) : NULL;
+        each->ids = fits ? expand(body + sizeof head, head[1], &each->count, &left) : NULL;
         made->num_groups++;
         if (!each->ids) {
             grant_free(made);

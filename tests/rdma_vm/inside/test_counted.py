@@ -81,6 +81,13 @@ def test_reads_under_way(most: int) -> None:
         assert theirs["rcvd_seq_err"] == theirs["out_of_seq_request"] == 0
 
 
+def test_the_owner_is_asked_once_per_lane() -> None:
+    with pair("big", queue_pairs=2) as over:
+        for _ in range(3):
+            ours, _ = read(over, over.blocks(range(63)))
+            assert 1 <= ours["asks"] <= 2, "63 MiB are less than one answer is good for"
+
+
 def test_nothing_goes_by_rdma_that_was_not_asked_for() -> None:
     with pair("mixed") as over:
         before = hardware()

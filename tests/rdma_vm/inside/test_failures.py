@@ -84,7 +84,7 @@ def test_the_link_goes_down_and_comes_back() -> None:
 
 
 _LOCKED = """
-import asyncio, os, resource
+import asyncio, encodings.idna, os, resource
 import numpy as np
 import pd_connector._native, pd_connector.runtime.agent, pd_connector.transport.verbs
 from pd_connector import Agent, BlockGrid, Config, Region, TransportUnavailable
