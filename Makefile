@@ -47,11 +47,15 @@ build/stress-address,undefined: tests/native/stress.c $(wildcard csrc/*.c csrc/*
 rdma-test: venv ## real verbs: guests with Soft-RoCE, one and two on a cable (ARGS="--short", "--only WORDS")
 	@$(BIN)/python tests/rdma_vm/run.py $(ARGS)
 
-fuzz: ## mutated messages at both ends of the tcp backend, under the sanitizers (MESSAGES=n, default 1000000; SEED=k)
+fuzz: ## mutated messages at both ends of the tcp backend and at the parsers of verbs, under the sanitizers (MESSAGES=n, default 1000000; SEED=k)
 	@mkdir -p build
 	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
 		-fsanitize=address,undefined -pthread tests/native/fuzz_tcp.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
 		-o build/fuzz-tcp
+	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
+		-fsanitize=address,undefined -pthread tests/native/fuzz_verbs.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
+		-o build/fuzz-verbs
+	@build/fuzz-verbs $(or $(MESSAGES),1000000) $(or $(SEED),1)
 	@build/fuzz-tcp $(or $(MESSAGES),1000000) $(or $(SEED),1) tests/native/corpus/*
 
 guided-fuzz: ## the same by clang's libFuzzer (RUNS=n, default 1000000); what it finds is kept in tests/native/corpus

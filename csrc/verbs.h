@@ -1,6 +1,6 @@
 /* Reads over InfiniBand or RoCE by one-sided operations: the reader's device fetches from the owner's registered memory.
  *
- * Every agent opens some ports of RDMA devices, its *rails*, registers its memory with each, and runs one thread with a
+ * Every agent opens some ports of RDMA devices, its *rails*, registers its memory with each, and runs a thread with a
  * loop over everything that tells of news: connections, completions, events of the devices. To every owner a reader has
  * *lanes*: one reliable queue pair over one pair of rails, and a TCP connection that goes with it. The connection introduces
  * the queue pairs to each other, brings the owner's addresses and keys, asks what a lease covers, and its end tells each

@@ -27,3 +27,4 @@ def test_mutated_messages_over_tcp() -> None:
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fuzz_tcp: 100000 messages, seed 2" in done.stdout, done.stdout
+    assert "fuzz_verbs: 100000 messages" in done.stdout, done.stdout
