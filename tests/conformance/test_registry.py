@@ -16,10 +16,13 @@ from pd_connector.transport import registry
 from pd_connector.transport.base import Transport
 from pd_connector.transport.inproc import InprocTransport
 from pd_connector.transport.native import NativeTransport
+from pd_connector.transport.verbs import VerbsTransport
 from pd_connector.transport.zmq import ZmqTransport
 
-NATIVE = ["shm", "tcp"] if native() else []
-WITHOUT = {} if native() else {"shm": "no extension", "tcp": "no extension"}
+IN_C = ("shm", "verbs", "tcp")
+DEVICE = VerbsTransport.probe({}) is None
+NATIVE = [name for name in IN_C if native() and (name != "verbs" or DEVICE)]
+WITHOUT = [name for name in IN_C if name not in NATIVE]
 FAULTY = "pd_connector.testing.faults:FaultyTransport"
 
 
@@ -43,7 +46,7 @@ def started(*args: object) -> Iterator[tuple[dict[str, Transport], dict[str, str
 def test_auto_starts_what_exists_best_first() -> None:
     with started("auto", "a", {}) as (transports, reasons):
         assert list(transports) == ["inproc", *NATIVE, "zmq"]
-        assert list(reasons) == list(WITHOUT)
+        assert list(reasons) == WITHOUT
 
 
 def test_auto_says_why_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +60,7 @@ def test_auto_says_why_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_with_nothing_usable_gives_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (InprocTransport, NativeTransport, ZmqTransport):
+    for kind in (InprocTransport, NativeTransport, VerbsTransport, ZmqTransport):
         monkeypatch.setattr(kind, "probe", classmethod(lambda cls, options: f"{cls.name} is out of order"))
     with pytest.raises(TransportUnavailable, match=r"inproc is .*shm is .*tcp is .*zmq is out of order"):
         registry.start("auto", "a", {})
