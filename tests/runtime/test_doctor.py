@@ -149,7 +149,8 @@ def test_this_host() -> None:
     assert rows["memory of owned"]["found"].startswith(BEST)
     assert "every byte is right" in rows["hand-over"]["found"]
     found = {(row["agent"], row["transport"]): row for row in transports}
-    assert set(found) == {(agent, name) for agent in ("owned", "foreign") for name in ("inproc", "shm", "verbs", "tcp", "zmq")}
+    names = ("inproc", "shm", "verbs", "tcp", "zmq")
+    assert set(found) == {(agent, name) for agent in ("owned", "foreign") for name in names}
     assert found["owned", BEST]["state"] == "chosen"
     assert "process" in found["owned", "inproc"]["reason"]
     for row in transports:
