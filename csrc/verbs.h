@@ -131,7 +131,7 @@ typedef struct queue queue;
 typedef struct {
     source source;
     int epoll;
-    bool writing;
+    bool writing, deaf; /* deaf: what comes is left where it is for now */
     verbs_head head;
     size_t got; /* of the head, then of the body */
     bool in_body;
@@ -295,6 +295,7 @@ void wire_open(wire *each, int epoll, int fd, void (*ready)(source *, uint32_t),
 void wire_close(wire *each);
 bool wire_send(wire *each, verbs_kind kind, const void *head, size_t head_bytes, const void *body, size_t body_bytes);
 bool wire_flush(wire *each);
+void wire_listen(wire *each, bool listens);
 /* A whole message: 1. Not yet: 0. -1: closed, or it broke the protocol; `most` bytes are borne. */
 int wire_receive(wire *each, size_t most);
 

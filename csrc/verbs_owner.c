@@ -10,7 +10,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-enum { WRITES = 2 * VERBS_DEPTH }; /* that a reader may have asked for at once */
+enum { WRITES = 2 * VERBS_DEPTH }; /* of a reader that are under way at once; it is not listened to until one has ended */
 
 /* A slice on its way to a reader. */
 typedef struct writing {
@@ -229,6 +229,7 @@ static void landed(queue *self, void *what, bool whole)
         return;
     if (!--one->under_way && one->posted)
         writing_free(each, one);
+    wire_listen(&each->wire, each->num_writes < WRITES);
 }
 
 /* What is wrong with a request, in `words`; the pieces go to `made`. */
@@ -270,7 +271,7 @@ static bool plausible(const verbs_ask *asked, const unsigned char *body)
 
 static void start_write(served *each, const verbs_ask *asked, const unsigned char *body)
 {
-    writing *made = each->num_writes < WRITES && plausible(asked, body) ? malloc(sizeof *made) : NULL;
+    writing *made = plausible(asked, body) ? malloc(sizeof *made) : NULL;
     if (!made) {
         hang_up(each);
         return;
@@ -295,6 +296,8 @@ static void start_write(served *each, const verbs_ask *asked, const unsigned cha
     made->next = NULL;
     *last = made;
     each->num_writes++;
+    /* A reader may have seen the last write come before we are told that it went: it waits for that. */
+    wire_listen(&each->wire, each->num_writes < WRITES);
     advance(each);
 }
 
@@ -330,7 +333,7 @@ static void served_ready(source *self, uint32_t events)
         hang_up(each);
         return;
     }
-    for (int turns = 0; !each->closed && turns < 16; turns++) { /* then the others have their turn */
+    for (int turns = 0; !each->closed && !each->wire.deaf && turns < 16; turns++) { /* then the others have their turn */
         size_t most = each->joined ? sizeof(verbs_ask) + VERBS_PIECES * sizeof(verbs_piece) : sizeof(verbs_join);
         int got = wire_receive(&each->wire, most);
         if (!got)

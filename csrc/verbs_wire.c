@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <unistd.h>
 
 void wire_open(wire *each, int epoll, int fd, void (*ready)(source *, uint32_t), bool connecting)
@@ -22,6 +23,20 @@ void wire_close(wire *each)
     each->in_room = each->out_room = each->out_bytes = each->out_at = 0;
 }
 
+static void watch(const wire *each)
+{
+    struct epoll_event event = {(each->deaf ? 0 : EPOLLIN) | (each->writing ? EPOLLOUT : 0), {.ptr = (void *)each}};
+    epoll_ctl(each->epoll, EPOLL_CTL_MOD, each->source.fd, &event);
+}
+
+void wire_listen(wire *each, bool listens)
+{
+    if (each->source.fd < 0 || each->deaf == !listens)
+        return;
+    each->deaf = !listens;
+    watch(each);
+}
+
 bool wire_flush(wire *each)
 {
     while (each->out_at < each->out_bytes) {
@@ -37,9 +52,10 @@ bool wire_flush(wire *each)
     bool blocked = each->out_at < each->out_bytes;
     if (!blocked)
         each->out_at = each->out_bytes = 0;
-    if (blocked != each->writing)
-        net_watch(each->epoll, &each->source, blocked, true);
+    bool changed = blocked != each->writing;
     each->writing = blocked;
+    if (changed)
+        watch(each);
     return true;
 }
 
