@@ -20,10 +20,10 @@ from image import Image, NoGuests, prepare
 INSIDE = "tests/rdma_vm/inside"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "--tb=short", "--timeout=400"]
 _SHORT = (
-    "test_conformance.py and TestVerbsBetweenProcesses and (plans or killed or cancel_in or fence_in or granted)",
-    "test_handover.py and not vanishes",
-    "test_counted.py",
-    "test_failures.py and (rails or key or strangers)",
+    "TestVerbsBetweenProcesses and (byte_exact or killed)",
+    "test_handover.py and (prompt or control)",
+    "scattered or counters_can_fail",
+    "a_key_that_is_wrong",
 )
 _STRESS = "build/stress-address,undefined"
 _BANNER = "=" * 100

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pd_connector import Agent, Config
 
 LAYERS, BLOCKS, TOKENS, CHANNELS = 4, 96, 16, 512
-PROMPT = [11, 3, 42, 7, 90, *range(20, 60)]
+PROMPT = [11, 3, 42, 7, 90, *range(44, 84)]
 """Blocks of the prompt: scattered ones, and a run."""
 
 
