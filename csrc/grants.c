@@ -71,7 +71,8 @@ void grants_revoke(grants *all, uint64_t number, uint64_t epoch)
         grant_free(gone);
 }
 
-grant *grant_make(const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
+/* NULL after pd_fail. */
+static grant *grant_make(const pd_lease *lease, const pd_blocks *blocks, size_t num_groups)
 {
     grant *made = calloc(1, sizeof *made + num_groups * sizeof(group));
     if (!made)

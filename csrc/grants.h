@@ -34,7 +34,6 @@ int grants_put(grants *all, const pd_lease *lease, const pd_blocks *blocks, size
 void grants_revoke(grants *all, uint64_t number, uint64_t epoch);
 grant *grants_find(grants *all, uint64_t number, uint64_t epoch); /* under the lock */
 bool grant_opens(const grant *leased, const unsigned char *capability, size_t bytes); /* in constant time */
-grant *grant_make(const pd_lease *lease, const pd_blocks *blocks, size_t num_groups); /* NULL after pd_fail */
 void grant_free(grant *each);
 
 /* Why a piece cannot be read of `memory`, in `words` (PD_MAX_WORDS); PD_DONE: it can. Without a grant anything may be that

@@ -164,7 +164,7 @@ def queue_pairs(most: int) -> Iterator[None]:
     try:
         yield
     finally:
-        (group / "cgroup.procs").parent.parent.joinpath("cgroup.procs").write_text(str(os.getpid()))
+        (group.parent / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def test_no_queue_pair_is_left() -> None:
