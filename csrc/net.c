@@ -148,3 +148,15 @@ int net_accept(int listener, int *spare)
     }
     return fd;
 }
+
+bool net_send(int fd, const unsigned char *out, size_t bytes, size_t *at)
+{
+    while (*at < bytes) {
+        ssize_t sent = send(fd, out + *at, bytes - *at, MSG_NOSIGNAL);
+        if (sent >= 0)
+            *at += (size_t)sent;
+        else if (errno != EINTR)
+            return errno == EAGAIN;
+    }
+    return true;
+}

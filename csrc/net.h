@@ -35,5 +35,7 @@ int net_listen(const pd_options *options, net_address *where);
  * descriptor to do that with. */
 int net_accept(int listener, int *spare);
 int net_spare(void);
+/* Send what the socket takes now of `bytes` from `*at` on; false: the connection is lost, errno says why. */
+bool net_send(int fd, const unsigned char *out, size_t bytes, size_t *at);
 
 #endif

@@ -64,17 +64,9 @@ static void lane_connect(lane *each)
 
 static void flush(lane *each)
 {
-    while (each->out_at < each->out_bytes) {
-        ssize_t sent = send(each->source.fd, each->out + each->out_at, each->out_bytes - each->out_at, MSG_NOSIGNAL);
-        if (sent < 0 && errno == EINTR)
-            continue;
-        if (sent < 0 && errno == EAGAIN)
-            break;
-        if (sent < 0) {
-            lose_errno(each, "lost", errno);
-            return;
-        }
-        each->out_at += (size_t)sent;
+    if (!net_send(each->source.fd, each->out, each->out_bytes, &each->out_at)) {
+        lose_errno(each, "lost", errno);
+        return;
     }
     bool blocked = each->out_at < each->out_bytes;
     if (blocked != each->writing)

@@ -39,16 +39,8 @@ void wire_listen(wire *each, bool listens)
 
 bool wire_flush(wire *each)
 {
-    while (each->out_at < each->out_bytes) {
-        ssize_t sent = send(each->source.fd, each->out + each->out_at, each->out_bytes - each->out_at, MSG_NOSIGNAL);
-        if (sent < 0 && errno == EINTR)
-            continue;
-        if (sent < 0 && errno == EAGAIN)
-            break;
-        if (sent < 0)
-            return false;
-        each->out_at += (size_t)sent;
-    }
+    if (!net_send(each->source.fd, each->out, each->out_bytes, &each->out_at))
+        return false;
     bool blocked = each->out_at < each->out_bytes;
     if (!blocked)
         each->out_at = each->out_bytes = 0;

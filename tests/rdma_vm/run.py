@@ -48,9 +48,9 @@ def whole() -> list[tuple[str, list[list[str]], float]]:
             [[*PYTEST, INSIDE, "--deselect", f"{INSIDE}/test_conformance.py"]],
             1200,
         ),
-        ("one guest: conformance", [[*PYTEST, f"{INSIDE}/test_conformance.py"]], 3600),
-        ("two guests: conformance and hand-over", [other, ["sh", "-c", said]], 3600),
-        ("one guest: the vLLM connector", [plugin], 1800),
+        ("one guest: conformance", [[*PYTEST, f"{INSIDE}/test_conformance.py"]], 7200),
+        ("two guests: conformance and hand-over", [other, ["sh", "-c", said]], 7200),
+        ("one guest: the vLLM connector", [plugin], 3600),
     ]
 
 
