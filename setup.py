@@ -51,8 +51,17 @@ extension = Extension(
     extra_link_args=["-pthread"],
     py_limited_api=True,
 )
+# Beside it, for what only a C++ compiler can call; it knows nothing of Python and is opened by the other one.
+hixl = Extension(
+    "pd_connector._hixl",
+    ["csrc/hixl.cc"],
+    depends=["csrc/hixl.h"],
+    extra_compile_args=["-std=c++17", *FLAGS[1:]],
+    py_limited_api=True,
+    optional=NATIVE != "require",
+)
 setup(
-    ext_modules=[] if NATIVE == "off" else [extension],
+    ext_modules=[] if NATIVE == "off" else [extension, hixl],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -9,7 +9,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-static const pd_backend *const backends[] = {&pd_shm, &pd_tcp, &pd_verbs};
+static const pd_backend *const backends[] = {&pd_shm, &pd_tcp, &pd_verbs, &pd_hixl, &pd_hccl};
 
 static _Thread_local char last_error[PD_MAX_WORDS];
 
@@ -241,6 +241,7 @@ static op *open_read(pd_transport *transport, const pd_lease *lease, const pd_pl
     read->num_runs = plan->num_runs, read->num_patterns = plan->num_patterns;
     read->src_step = plan->src_step, read->dst_step = plan->dst_step;
     read->lease = *lease;
+    read->slice_bytes = transport->backend->slice_bytes ? transport->backend->slice_bytes : PD_SLICE_BYTES;
     if (lease->capability_bytes)
         memcpy(read->capability, lease->capability, lease->capability_bytes);
     read->lease.capability = read->capability;

@@ -52,6 +52,7 @@ typedef struct op {
     size_t pattern, run; /* with block, place and byte the cursor: what comes next */
     uint64_t block, place, byte;
     uint64_t left; /* bytes that no finished slice has copied */
+    uint64_t slice_bytes;
     /* CONNECT */
     unsigned char *remote;
     size_t remote_bytes;
@@ -70,7 +71,7 @@ struct pd_taken {
         const pd_pattern *pattern;
         unsigned char *dst; /* where the pattern's first run goes */
     } span[PD_SLICE_PIECES];
-    unsigned char *buffer; /* PD_SLICE_BYTES; made when first needed, by the backend if it must be special */
+    unsigned char *buffer; /* a whole slice; made when first needed, by the backend if it must be special */
 };
 
 struct pd_transport {
@@ -101,7 +102,7 @@ pd_memory *memory_make(const pd_region *regions, size_t num_regions, const pd_gr
 int check_grids(const pd_region *regions, size_t num_regions, const pd_grid *grids, size_t num_grids);
 int check_plan(const pd_memory *memory, const op *read, uint64_t *total);
 uint64_t cut(pd_transport *transport, op *read, pd_taken *taken, pd_piece *pieces, size_t *count);
-void scatter(const pd_taken *taken);
+pd_status scatter(pd_transport *transport, const pd_taken *taken);
 
 /* reads.c, all under the lock */
 op *op_open(pd_transport *transport, op_kind kind, uint64_t tag);

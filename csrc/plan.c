@@ -142,13 +142,13 @@ static void locate(const pd_pattern *pattern, uint64_t place, uint64_t *src, uin
 }
 
 /* Bytes of a source block to read at once for a pattern of short runs; 0: its runs are read one by one. */
-static uint64_t span_of(const pd_pattern *pattern)
+static uint64_t span_of(const op *read, const pd_pattern *pattern)
 {
     uint64_t src, dst, bytes;
     if (pattern->bytes >= DIRECT_BYTES || places(pattern) == 1)
         return 0;
     measure(pattern, &src, &dst, &bytes);
-    return src <= PD_SLICE_BYTES ? src : 0;
+    return src <= read->slice_bytes ? src : 0;
 }
 
 static unsigned char *destination(const op *read, const pd_pattern *pattern)
@@ -175,14 +175,14 @@ static void advance(op *read, uint64_t blocks)
 static uint64_t cut_runs(op *read, pd_taken *taken, pd_piece *pieces, size_t *count)
 {
     uint64_t total = 0;
-    while (read->pattern < read->num_patterns && total < PD_SLICE_BYTES && *count < PD_SLICE_PIECES) {
+    while (read->pattern < read->num_patterns && total < read->slice_bytes && *count < PD_SLICE_PIECES) {
         const pd_pattern *pattern = &read->patterns[read->pattern];
         const pd_run *run = &read->runs[read->run];
-        if (span_of(pattern))
+        if (span_of(read, pattern))
             break;
-        uint64_t room = PD_SLICE_BYTES - total, bytes = pattern->bytes - read->byte, blocks = 1, src, dst;
+        uint64_t room = read->slice_bytes - total, bytes = pattern->bytes - read->byte, blocks = 1, src, dst;
         bool whole = !read->byte && bytes <= room, single = places(pattern) == 1;
-        if (!whole && total && bytes <= PD_SLICE_BYTES)
+        if (!whole && total && bytes <= read->slice_bytes)
             break; /* whole in the next slice: one operation less */
         if (!whole)
             bytes = bytes < room ? bytes : room;
@@ -216,7 +216,7 @@ static uint64_t cut_spans(op *read, pd_taken *taken, pd_piece *pieces, size_t *c
     taken->bytes = 0;
     while (read->pattern < read->num_patterns && taken->spans < PD_SLICE_PIECES) {
         const pd_pattern *pattern = &read->patterns[read->pattern];
-        if (!(span = span_of(pattern)) || span > PD_SLICE_BYTES - total)
+        if (!(span = span_of(read, pattern)) || span > read->slice_bytes - total)
             break;
         uint32_t block = (uint32_t)(read->runs[read->run].src_block + read->block * read->src_step);
         pd_piece *last = *count ? &pieces[*count - 1] : NULL;
@@ -239,30 +239,53 @@ static uint64_t cut_spans(op *read, pd_taken *taken, pd_piece *pieces, size_t *c
 uint64_t cut(pd_transport *transport, op *read, pd_taken *taken, pd_piece *pieces, size_t *count)
 {
     *count = taken->spans = 0;
-    if (!span_of(&read->patterns[read->pattern]))
+    if (!span_of(read, &read->patterns[read->pattern]))
         return cut_runs(read, taken, pieces, count);
     if (!taken->buffer)
-        taken->buffer = transport->backend->buffer ? transport->backend->buffer(transport->own) : malloc(PD_SLICE_BYTES);
+        taken->buffer = transport->backend->buffer ? transport->backend->buffer(transport->own) : malloc(read->slice_bytes);
     if (!taken->buffer)
         return 0;
     return cut_spans(read, taken, pieces, count);
 }
 
-/* Put what came as spans in its places. */
-void scatter(const pd_taken *taken)
+static pd_status copy_rows(pd_transport *transport, const pd_rows *rows, size_t count)
+{
+    if (transport->backend->place)
+        return count ? transport->backend->place(transport->own, rows, count) : PD_DONE;
+    for (const pd_rows *each = rows; each < rows + count; each++)
+        for (uint64_t i = 0; i < each->count; i++)
+            memcpy(each->dst + i * each->dst_stride, each->src + i * each->src_stride, each->bytes);
+    return PD_DONE;
+}
+
+/* Put what came as spans in its places; anything but PD_DONE after pd_fail. */
+pd_status scatter(pd_transport *transport, const pd_taken *taken)
 {
     const unsigned char *from = taken->buffer;
+    pd_rows rows[PD_MAX_ROWS];
+    size_t count = 0;
     for (size_t i = 0; i < taken->spans; i++) {
         const pd_pattern *pattern = taken->span[i].pattern;
         uint64_t src, dst, bytes;
         measure(pattern, &src, &dst, &bytes);
         for (uint64_t a = 0; a < pattern->dims[0].count; a++)
             for (uint64_t b = 0; b < pattern->dims[1].count; b++) {
-                const unsigned char *in = from + a * pattern->dims[0].src_stride + b * pattern->dims[1].src_stride;
-                unsigned char *out = taken->span[i].dst + a * pattern->dims[0].dst_stride + b * pattern->dims[1].dst_stride;
-                for (uint64_t c = 0; c < pattern->dims[2].count; c++)
-                    memcpy(out + c * pattern->dims[2].dst_stride, in + c * pattern->dims[2].src_stride, pattern->bytes);
+                rows[count++] = (pd_rows){
+                    .dst = taken->span[i].dst + a * pattern->dims[0].dst_stride + b * pattern->dims[1].dst_stride,
+                    .src = from + a * pattern->dims[0].src_stride + b * pattern->dims[1].src_stride,
+                    .dst_stride = pattern->dims[2].dst_stride,
+                    .src_stride = pattern->dims[2].src_stride,
+                    .bytes = pattern->bytes,
+                    .count = pattern->dims[2].count,
+                };
+                if (count < PD_MAX_ROWS)
+                    continue;
+                pd_status status = copy_rows(transport, rows, count);
+                if (status != PD_DONE)
+                    return status;
+                count = 0;
             }
         from += src;
     }
+    return copy_rows(transport, rows, count);
 }

@@ -168,6 +168,7 @@ static pd_taken *take(pd_transport *transport, op *read, pd_piece *pieces, pd_sl
     read->busy++;
     taken->read = read;
     slice->tag = read->end.tag;
+    slice->taken = taken;
     slice->lease = &read->lease;
     slice->pieces = pieces;
     slice->bytes = bytes;
@@ -256,10 +257,18 @@ bool pd_wanted(pd_transport *core, const pd_taken *taken)
     return wanted;
 }
 
+bool pd_closing(pd_transport *core)
+{
+    pthread_mutex_lock(&core->lock);
+    bool closing = core->stop;
+    pthread_mutex_unlock(&core->lock);
+    return closing;
+}
+
 void pd_give(pd_transport *core, pd_taken *taken, pd_status status, const char *words)
 {
-    if (status == PD_DONE)
-        scatter(taken);
+    if (status == PD_DONE && (status = scatter(core, taken)) != PD_DONE)
+        words = pd_last_error();
     pthread_mutex_lock(&core->lock);
     give(core, taken, status, words);
     pthread_mutex_unlock(&core->lock);
@@ -302,7 +311,7 @@ static void copy_slice(pd_transport *transport, op *read, pd_piece *pieces)
     pthread_mutex_unlock(&transport->lock);
     pd_status status = transport->backend->read(own, &slice);
     if (status == PD_DONE)
-        scatter(taken);
+        status = scatter(transport, taken);
     pthread_mutex_lock(&transport->lock);
     give(transport, taken, status, status == PD_DONE ? "" : pd_last_error());
 }
@@ -312,7 +321,7 @@ static void connect_peer(pd_transport *transport, op *each)
     unqueue(transport, each);
     peer *owner = each->peer;
     pthread_mutex_unlock(&transport->lock);
-    void *own = transport->backend->connect(each->remote, each->remote_bytes);
+    void *own = transport->backend->connect(transport->own, each->remote, each->remote_bytes);
     pthread_mutex_lock(&transport->lock);
     owner->own = own;
     bool known = pd_table_get(&transport->peers, owner->number) == owner;

@@ -57,8 +57,9 @@ static void shm_disconnect(void *own)
     free(peer);
 }
 
-static void *shm_connect(const unsigned char *remote, size_t bytes)
+static void *shm_connect(void *own, const unsigned char *remote, size_t bytes)
 {
+    (void)own;
     shm_where where;
     if (parse(remote, bytes, &where))
         return NULL;

@@ -22,6 +22,7 @@
 #include "grants.h"
 #include "ibverbs.h"
 #include "net.h"
+#include "pieces.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire's numbers are little-endian");
 
@@ -211,13 +212,6 @@ struct queue {
     void (*arrived)(queue *self, uint32_t serial); /* a write of the other side with a number */
 };
 
-/* What comes next of a list of pieces. */
-typedef struct {
-    size_t piece;
-    uint32_t block;
-    uint64_t byte;
-} cursor;
-
 typedef struct {
     _Atomic uint64_t requests, batches, bytes, asks, writes, lanes, broken, on_demand, dma_bufs;
 } verbs_counts;
@@ -306,10 +300,6 @@ void table_release(table *each);
 uint32_t table_key(const table *each, const pd_piece *piece, uint64_t at, uint64_t *bytes);
 bool grant_encode(const grant *leased, unsigned char **out, size_t *bytes);
 grant *grant_parse(const unsigned char *body, size_t bytes, uint32_t groups);
-/* The next stretch that is in one piece on both sides; `memory` has the blocks of the pieces. False: there is none. */
-bool cursor_at(const cursor *at, const pd_memory *memory, const pd_piece *pieces, size_t count, uint64_t *src,
-               uint64_t *dst, uint64_t *bytes);
-void cursor_move(cursor *at, const pd_piece *pieces, uint64_t bytes);
 
 /* verbs_peer.c */
 int verbs_can_reach(void *own, const unsigned char *remote, size_t bytes);

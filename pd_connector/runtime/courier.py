@@ -23,8 +23,6 @@ from pd_connector.transport.base import LeaseId, Status, Transport
 logger = logging.getLogger(__name__)
 
 _BATCH = 256  # completions taken per wake-up
-ATTEMPT_S = 2.0
-"""For a transport that is not the last one left: the session gives HELLO and all of them 5 s together."""
 
 
 @dataclass(slots=True)
@@ -170,7 +168,7 @@ class Courier:
         attempt.name = self._peers[peer] = name
         self._connecting[tag] = attempt
         if registry.after(name) in reasons.values():  # there is another one to go to
-            attempt.deadline = self._loop.call_later(ATTEMPT_S, self._too_slow, tag)
+            attempt.deadline = self._loop.call_later(self._transports[name].attempt_s, self._too_slow, tag)
         others = "; ".join(f"{other}: {why}" for other, why in reasons.items())
         logger.info("peer %s is read over %s (%s)", peer, name, others or "no other transport here")
         try:
@@ -182,7 +180,7 @@ class Courier:
     def _too_slow(self, tag: int) -> None:
         attempt = self._connecting.pop(tag, None)
         if attempt is not None:
-            self._try_next(attempt, f"no connection within {ATTEMPT_S:.0f} s")
+            self._try_next(attempt, f"no connection within {self._transports[attempt.name].attempt_s:g} s")
 
     def _try_next(self, attempt: _Attempt, why: str) -> None:
         attempt.forget_deadline()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pd_connector.memory import BlockGrid, Pool, Region, order_grids
+from pd_connector.memory import BlockGrid, MemoryKind, Pool, Region, order_grids
 from pd_connector.plan import CopyPlan
 
 Bytes = npt.NDArray[np.uint8]
@@ -16,18 +19,45 @@ Bytes = npt.NDArray[np.uint8]
 POISON = 0xA5
 
 
-class Arena:
-    """One array per region, in a pool of its own when ``pooled``. ``regions`` lists the grids of each; a region ends
-    where its last grid does."""
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Memory for a region: where transports find it, and its bytes as a test sees them (another mapping of the same
+    memory, where the first is a device's)."""
 
-    def __init__(self, regions: Sequence[Sequence[BlockGrid]], seed: int, *, pooled: bool = False) -> None:
+    address: int
+    array: Bytes
+    kind: MemoryKind = MemoryKind.HOST
+    keepalive: Any = None
+
+
+def private(num_bytes: int) -> Placed:
+    array = np.empty(num_bytes, np.uint8)
+    return Placed(array.ctypes.data, array, keepalive=array)
+
+
+def pooled(num_bytes: int) -> Placed:
+    array = np.frombuffer(Pool(num_bytes), np.uint8)[:num_bytes]
+    return Placed(array.ctypes.data, array, keepalive=array)
+
+
+PRIVATE, POOLED = f"{__name__}:private", f"{__name__}:pooled"
+
+
+class Arena:
+    """One array per region, where the function ``memory`` ("module:name", so that other processes find it too) has
+    placed it. ``regions`` lists the grids of each; a region ends where its last grid does."""
+
+    def __init__(self, regions: Sequence[Sequence[BlockGrid]], seed: int, memory: str = PRIVATE) -> None:
+        module, _, name = memory.partition(":")
+        place: Callable[[int], Placed] = getattr(import_module(module), name)
         rng = np.random.default_rng(seed)
-        self.arrays = [rng.integers(0, 256, max(grid.end for grid in grids), np.uint8) for grids in regions]
-        if pooled:
-            self.arrays = [_in_pool(array) for array in self.arrays]
+        placed = [place(max(grid.end for grid in grids)) for grids in regions]
+        self.arrays = [each.array for each in placed]
+        for array in self.arrays:
+            array[:] = rng.integers(0, 256, array.nbytes, np.uint8)
         self.regions = [
-            Region(array.ctypes.data, array.nbytes, tuple(grids), keepalive=array)
-            for array, grids in zip(self.arrays, regions, strict=True)
+            Region(each.address, each.array.nbytes, tuple(grids), each.kind, each.keepalive)
+            for each, grids in zip(placed, regions, strict=True)
         ]
         self.grids = order_grids(self.regions)
 
@@ -66,12 +96,6 @@ class Arena:
                             source.arrays, pattern.src_grid, there, pattern.src_offset + at[0], pattern.run_bytes
                         )
         return after
-
-
-def _in_pool(array: Bytes) -> Bytes:
-    copy = np.frombuffer(Pool(array.nbytes), np.uint8)[: array.nbytes]
-    copy[:] = array
-    return copy
 
 
 def _mixed() -> list[list[BlockGrid]]:

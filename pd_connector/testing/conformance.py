@@ -28,6 +28,7 @@ import pytest
 
 from pd_connector.errors import LocalProtocolError
 from pd_connector.plan import CopyPlan, Pattern, coalesce
+from pd_connector.testing.arena import PRIVATE
 from pd_connector.testing.conformance_endings import Endings
 from pd_connector.testing.owner_process import LocalOwner, Owner, ProcessOwner
 from pd_connector.testing.pair import (
@@ -45,14 +46,18 @@ from pd_connector.transport.base import Completion, LeaseId, Status, Transport
 
 
 class TransportConformance(Endings):
-    """Reader and owner in one process."""
+    """Reader and owner in one process. ``memory`` and ``target_memory`` are where the owner's and the reader's bytes lie
+    (see Arena)."""
+
+    memory: ClassVar[str] = PRIVATE
+    target_memory: ClassVar[str] = PRIVATE
 
     def make(self, agent: str) -> Transport:
         """A fresh transport for an agent of this name."""
         raise NotImplementedError
 
     def make_owner(self, geometry: str) -> Owner:
-        return LocalOwner(self.make("owner"), geometry, SEED)
+        return LocalOwner(self.make("owner"), geometry, SEED, self.memory)
 
     @pytest.fixture
     def pairs(self) -> Iterator[Callable[[str], Pair]]:
@@ -64,7 +69,7 @@ class TransportConformance(Endings):
             closing.append(owner)
             reader = self.make("reader")
             closing.append(reader)
-            return Pair(reader, owner, geometry)
+            return Pair(reader, owner, geometry, self.target_memory)
 
         yield build
         for each in reversed(closing):
@@ -383,7 +388,7 @@ class ProcessConformance(TransportConformance):
 
     def make_owner(self, geometry: str) -> Owner:
         name, options = self.owner_spec
-        return ProcessOwner(name, options, geometry, SEED)
+        return ProcessOwner(name, options, geometry, SEED, self.memory)
 
     def signal(self, pair: Pair, number: signal.Signals) -> None:
         assert isinstance(pair.owner, ProcessOwner)

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 import pd_connector.errors
-from pd_connector.testing.arena import GEOMETRIES, Arena
+from pd_connector.testing.arena import GEOMETRIES, PRIVATE, Arena
 from pd_connector.transport.base import LeaseId, Transport
 from pd_connector.transport.registry import load
 
@@ -34,11 +34,11 @@ class Owner(Protocol):
 
 
 class LocalOwner:
-    """``transport`` with the memory of a named geometry, in this process."""
+    """``transport`` with memory of a named geometry, in this process."""
 
-    def __init__(self, transport: Transport, geometry: str, seed: int, *, pooled: bool = False) -> None:
+    def __init__(self, transport: Transport, geometry: str, seed: int, memory: str = PRIVATE) -> None:
         self.transport = transport
-        self.arena = Arena(GEOMETRIES[geometry], seed, pooled=pooled)
+        self.arena = Arena(GEOMETRIES[geometry], seed, memory)
         transport.register(self.arena.regions)
 
     def describe(self) -> bytes:
@@ -58,16 +58,14 @@ class LocalOwner:
 class ProcessOwner:
     """The same in another process: ``name`` and ``options`` go through the registry there."""
 
-    def __init__(
-        self, name: str, options: Mapping[str, Any], geometry: str, seed: int, *, pooled: bool = False
-    ) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any], geometry: str, seed: int, memory: str = PRIVATE) -> None:
         root = str(Path(pd_connector.errors.__file__).parents[1])
         self._process = subprocess.Popen(
             [
                 sys.executable,
                 "-m",
                 __spec__.name,
-                msgspec.json.encode([name, options, geometry, seed, pooled]).decode(),
+                msgspec.json.encode([name, options, geometry, seed, memory]).decode(),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -121,8 +119,8 @@ class ProcessOwner:
 
 
 def main() -> None:
-    name, options, geometry, seed, pooled = msgspec.json.decode(sys.argv[1])
-    owner = LocalOwner(load(name)("owner", options), geometry, seed, pooled=pooled)
+    name, options, geometry, seed, memory = msgspec.json.decode(sys.argv[1])
+    owner = LocalOwner(load(name)("owner", options), geometry, seed, memory)
     print(msgspec.json.encode(owner.describe().hex()).decode(), flush=True)
     for line in sys.stdin:
         command, number, epoch, *rest = msgspec.json.decode(line)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pd_connector.plan import CopyPlan, Dim, Pattern, coalesce, whole_patterns
-from pd_connector.testing.arena import GEOMETRIES, POISON, Arena
+from pd_connector.testing.arena import GEOMETRIES, POISON, PRIVATE, Arena
 from pd_connector.testing.owner_process import Owner
 from pd_connector.transport.base import Completion, LeaseId, Status, Transport
 
@@ -53,10 +53,10 @@ IMPOSSIBLE_PLANS = (
 class Pair:
     """A reader and an owner with known memory; the reader is connected and holds a lease on every block."""
 
-    def __init__(self, reader: Transport, owner: Owner, geometry: str) -> None:
+    def __init__(self, reader: Transport, owner: Owner, geometry: str, memory: str = PRIVATE) -> None:
         self.reader, self.owner = reader, owner
         self.source = Arena(GEOMETRIES[geometry], SEED)
-        self.target = Arena(GEOMETRIES[geometry], SEED + 1)
+        self.target = Arena(GEOMETRIES[geometry], SEED + 1, memory)
         self._next_tag = 1
         self.ended: dict[int, Completion] = {}
         reader.register(self.target.regions)

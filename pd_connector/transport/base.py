@@ -69,6 +69,10 @@ class Completion:
 class Transport(ABC):
     name: ClassVar[str]
     traits: ClassVar[Traits]
+    attempt_s: ClassVar[float] = 2.0
+    """For a connection, while there is another transport to go to: the session gives HELLO and all of them 5 s."""
+    instead_of: ClassVar[str] = ""
+    """A transport beside which ``auto`` has no need of this one."""
 
     @abstractmethod
     def __init__(self, agent: str, options: Mapping[str, Any]) -> None:

@@ -114,10 +114,13 @@ class NativeTransport(Transport):
             return reason
 
     def register(self, regions: Sequence[Region]) -> None:
+        """Raises LocalProtocolError for a kind of memory that this transport never reaches, TransportUnavailable where
+        it cannot have this memory."""
         for region in regions:
-            if region.kind is not MemoryKind.HOST:
-                raise LocalProtocolError(f"{region}: this transport reaches host memory only")
-        pools = [pool_at(region.address, region.length) for region in regions]
+            if region.kind not in self.traits.memory:
+                reached = ", ".join(sorted(self.traits.memory))
+                raise LocalProtocolError(f"{region}: this transport reaches memory of {reached} only")
+        pools = [_pool_of(region) for region in regions]
         packed = b"".join(map(_pack_region, regions, pools))
         refs = order_grids(regions)
         grids = b"".join(
@@ -133,7 +136,10 @@ class NativeTransport(Transport):
         )
         with self._usable() as c:
             self._registered.append((tuple(regions), pools))
-            c.register(self._handle, packed, grids)
+            try:
+                c.register(self._handle, packed, grids)
+            except RuntimeError as error:
+                raise TransportUnavailable(self.name, str(error)) from error
 
     def unregister(self) -> None:
         self.register([])
@@ -318,6 +324,10 @@ def _close(extension: Any, handle: Any, registered: list[object], pid: int) -> N
     if os.getpid() == pid:  # not a fork's copy: the threads are the parent's
         extension.close(handle)
         registered.clear()
+
+
+def _pool_of(region: Region) -> Pool | None:
+    return pool_at(region.address, region.length) if region.kind is MemoryKind.HOST else None
 
 
 def _pack_region(region: Region, pool: Pool | None) -> bytes:

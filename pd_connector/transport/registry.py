@@ -13,13 +13,15 @@ from pd_connector.errors import ConfigError, PDError, TransportUnavailable
 from pd_connector.transport.base import Transport
 
 ENTRY_POINTS = "pd_connector.transports"
-ORDER = ("inproc", "shm", "verbs", "hixl", "tcp", "zmq")
+ORDER = ("inproc", "shm", "verbs", "hixl", "hccl", "tcp", "zmq")
 """Best first; ``auto`` starts those of them that exist. A transport outside this list is used when it is named."""
 
 _BUILT_IN = {
     "inproc": "pd_connector.transport.inproc:InprocTransport",
     "shm": "pd_connector.transport.native:ShmTransport",
     "verbs": "pd_connector.transport.verbs:VerbsTransport",
+    "hixl": "pd_connector.transport.hixl:HixlTransport",
+    "hccl": "pd_connector.transport.hccl:HcclTransport",
     "tcp": "pd_connector.transport.native:TcpTransport",
     "zmq": "pd_connector.transport.zmq:ZmqTransport",
 }
@@ -80,6 +82,8 @@ def start(
         for name in names:
             kind, given = load(name), options.get(name, {})
             reason = kind.probe(given)
+            if reason is None and automatic and kind.instead_of in started:
+                reason = f"{kind.instead_of} is used here"
             if reason is not None:
                 if not automatic:
                     raise TransportUnavailable(name, reason)

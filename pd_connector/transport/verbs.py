@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from pd_connector.errors import ConfigError, LocalProtocolError, TransportUnavailable
-from pd_connector.memory import MemoryKind, Region, native
+from pd_connector.errors import ConfigError, TransportUnavailable
+from pd_connector.memory import MemoryKind, native
 from pd_connector.transport import rdma
 from pd_connector.transport.base import Scope, Traits
 from pd_connector.transport.native import NativeTransport, addresses, check_cpus, require
@@ -71,15 +71,6 @@ class VerbsTransport(NativeTransport):
         for rail in rails:
             logger.info("verbs: uses %s with %s: %s", rail.port.name, rail.gid, rail.why)
         return cls._start(1, parsed.cpus, False, addresses(cls.name, parsed), _pack(parsed, rails))
-
-    def register(self, regions: Sequence[Region]) -> None:
-        """Raises TransportUnavailable where a device does not take the memory."""
-        try:
-            super().register(regions)
-        except LocalProtocolError as error:
-            if not isinstance(error.__cause__, RuntimeError):  # C's words
-                raise
-            raise TransportUnavailable(self.name, str(error.__cause__)) from error
 
     def counters(self) -> dict[str, int]:
         """Since the start: work requests, batches of them (one completion each), bytes, questions to owners, writes for

@@ -13,9 +13,8 @@ import pytest
 from pd_connector.errors import LocalProtocolError
 from pd_connector.memory import Pool, pool_at
 from pd_connector.memory import native as extension
-from pd_connector.testing.arena import GEOMETRIES, Arena
+from pd_connector.testing.arena import GEOMETRIES, POOLED, Arena
 from pd_connector.testing.conformance import ProcessConformance, TransportConformance
-from pd_connector.testing.owner_process import LocalOwner, Owner, ProcessOwner
 from pd_connector.testing.pair import SEED
 from pd_connector.transport.base import Transport
 from pd_connector.transport.native import ShmTransport
@@ -25,27 +24,23 @@ needs_native = pytest.mark.skipif(extension() is None, reason="the C extension w
 
 @needs_native
 class TestShmFromAPool(TransportConformance):
+    memory = POOLED
+
     def make(self, agent: str) -> Transport:
         return ShmTransport(agent, {})
-
-    def make_owner(self, geometry: str) -> Owner:
-        return LocalOwner(self.make("owner"), geometry, SEED, pooled=True)
 
 
 @needs_native
 class TestShmFromAPoolBetweenProcesses(ProcessConformance):
     owner_spec = ("shm", {})
+    memory = POOLED
 
     def make(self, agent: str) -> Transport:
         return ShmTransport(agent, {})
 
-    def make_owner(self, geometry: str) -> Owner:
-        name, options = self.owner_spec
-        return ProcessOwner(name, options, geometry, SEED, pooled=True)
-
 
 def test_an_arena_in_pools_lies_in_pools() -> None:
-    arena = Arena(GEOMETRIES["mixed"], SEED, pooled=True)
+    arena = Arena(GEOMETRIES["mixed"], SEED, POOLED)
     assert arena.same(Arena(GEOMETRIES["mixed"], SEED).arrays)
     assert all(pool_at(region.address, region.length) for region in arena.regions)
     plain = Arena(GEOMETRIES["mixed"], SEED)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from pd_connector.testing import owner_process
+from pd_connector.testing.arena import PRIVATE
 from pd_connector.testing.owner_process import ProcessOwner
 
 PORT = 7000
@@ -76,7 +77,7 @@ class FarOwner(ProcessOwner):
     """An owner of a conformance test in the other guest."""
 
     def __init__(self, name: str, options: Mapping[str, Any], geometry: str, seed: int) -> None:
-        words = msgspec.json.encode([name, options, geometry, seed, False]).decode()
+        words = msgspec.json.encode([name, options, geometry, seed, PRIVATE]).decode()
         self._process = Far(owner_process.__name__, words)  # type: ignore[assignment]
         self._unread = b""
         self._description = bytes.fromhex(self._answer())

@@ -24,7 +24,7 @@ TARGET = list(range(BLOCKS - len(PROMPT), BLOCKS))[::-1]
 
 def prefill(spoil: str = "") -> Any:
     """A process of P's: in the other guest, or here."""
-    config = Config(transport=["verbs"], host=ADDRESS or "127.0.0.1")
+    config = Config(transport=["verbs"], host=ADDRESS or "127.0.0.1", insecure=bool(ADDRESS))
     words = (msgspec.json.encode(config).decode(), spoil)
     if ADDRESS:
         return Far(MODULE, *words)
@@ -32,7 +32,7 @@ def prefill(spoil: str = "") -> Any:
 
 
 def decode_config(**more: Any) -> Config:
-    return Config(transport=["verbs"], host=HERE, **more)
+    return Config(transport=["verbs"], host=HERE, insecure=bool(ADDRESS), **more)
 
 
 def wrong_layers(cache: list[Any]) -> list[int]:

@@ -1,0 +1,51 @@
+"""Between Ascend NPUs by two-sided HCCL, for hosts without HIXL: see csrc/hccl.c. Never run on an NPU by us."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from msgspec import Meta
+
+from pd_connector.errors import TransportUnavailable
+from pd_connector.memory import MemoryKind
+from pd_connector.transport.base import Scope, Traits
+from pd_connector.transport.native import NativeTransport, Threads, addresses, check_cpus, require
+from pd_connector.transport.options import Listening, parse_listening
+
+_SETTINGS = struct.Struct("=iI")
+_THREADS = 2
+"""One of which reads from a peer at a time, for both sides of a communicator must issue the same in the same order."""
+
+
+class HcclOptions(Listening, frozen=True, forbid_unknown_fields=True):
+    """``threads`` that read at once, each from a peer of its own (0: two). ``device`` for an agent that has no memory on
+    one (-1: device 0). ``transfer_ms`` until a peer that does not answer counts as gone."""
+
+    threads: Threads = 0
+    device: Annotated[int, Meta(ge=-1, le=1024)] = -1
+    transfer_ms: Annotated[int, Meta(ge=10, le=60000)] = 3000
+
+
+class HcclTransport(NativeTransport):
+    name: ClassVar[str] = "hccl"
+    backend: ClassVar[str] = "hccl"
+    traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.NPU}), Scope.NETWORK)
+    attempt_s: ClassVar[float] = 4.0  # a communicator takes 0.2 to 3.4 s to make
+    instead_of: ClassVar[str] = "hixl"
+
+    @classmethod
+    def probe(cls, options: Mapping[str, Any]) -> str | None:
+        try:
+            reason: str | None = require(cls.name).probe(cls.backend)
+        except TransportUnavailable as error:
+            return error.reason
+        return reason
+
+    @classmethod
+    def _open(cls, options: Mapping[str, Any]) -> Any:
+        parsed = parse_listening(cls.name, options, HcclOptions)
+        check_cpus(cls.name, parsed.cpus)
+        packed = _SETTINGS.pack(parsed.device, parsed.transfer_ms)
+        return cls._start(parsed.threads or _THREADS, parsed.cpus, False, addresses(cls.name, parsed), packed)

@@ -1,0 +1,45 @@
+"""The conformance suite between emulated NPUs. Not run on hardware."""
+
+from __future__ import annotations
+
+import pytest
+
+from pd_connector.memory import native
+from pd_connector.testing.conformance import ProcessConformance, TransportConformance
+from pd_connector.transport.base import Transport
+from pd_connector.transport.hccl import HcclTransport
+from pd_connector.transport.hixl import HixlTransport
+
+from .device import NPU
+
+pytestmark = pytest.mark.skipif(native() is None, reason="the C extension was not built")
+
+
+class TestHixl(TransportConformance):
+    memory = target_memory = NPU
+
+    def make(self, agent: str) -> Transport:
+        return HixlTransport(agent, {})
+
+
+class TestHixlBetweenProcesses(ProcessConformance):
+    owner_spec = ("hixl", {})
+    memory = target_memory = NPU
+
+    def make(self, agent: str) -> Transport:
+        return HixlTransport(agent, {})
+
+
+class TestHccl(TransportConformance):
+    memory = target_memory = NPU
+
+    def make(self, agent: str) -> Transport:
+        return HcclTransport(agent, {})
+
+
+class TestHcclBetweenProcesses(ProcessConformance):
+    owner_spec = ("hccl", {})
+    memory = target_memory = NPU
+
+    def make(self, agent: str) -> Transport:
+        return HcclTransport(agent, {})
