@@ -76,7 +76,6 @@ static int failed(const char *what, int result)
 /* --- a communicator of two ---------------------------------------------------------------------------------------- */
 
 typedef struct { /* pd_options.settings */
-    int32_t device; /* of an agent without memory on one; -1: device 0 */
     uint32_t transfer_ms;
 } hccl_settings;
 
@@ -320,7 +319,7 @@ static int hccl_describe(void *own, unsigned char *out, size_t room)
 static int hccl_publish(void *own, pd_memory *memory)
 {
     hccl *all = own;
-    int device = all->settings.device >= 0 ? all->settings.device : 0, error = 0;
+    int device = -1, error = 0;
     for (size_t i = 0; i < memory->num_regions; i++) {
         device = acl_device_of((const void *)(uintptr_t)memory->regions[i].address);
         if (device < 0)

@@ -46,8 +46,8 @@ from pd_connector.transport.base import Completion, LeaseId, Status, Transport
 
 
 class TransportConformance(Endings):
-    """Reader and owner in one process. ``memory`` and ``target_memory`` are where the owner's and the reader's bytes lie
-    (see Arena)."""
+    """Reader and owner in one process. ``memory`` and ``target_memory`` say where the owner's and the reader's bytes
+    lie (see Arena)."""
 
     memory: ClassVar[str] = PRIVATE
     target_memory: ClassVar[str] = PRIVATE

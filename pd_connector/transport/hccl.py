@@ -14,17 +14,16 @@ from pd_connector.transport.base import Scope, Traits
 from pd_connector.transport.native import NativeTransport, Threads, addresses, check_cpus, require
 from pd_connector.transport.options import Listening, parse_listening
 
-_SETTINGS = struct.Struct("=iI")
+_SETTINGS = struct.Struct("=I")
 _THREADS = 2
 """One of which reads from a peer at a time, for both sides of a communicator must issue the same in the same order."""
 
 
 class HcclOptions(Listening, frozen=True, forbid_unknown_fields=True):
-    """``threads`` that read at once, each from a peer of its own (0: two). ``device`` for an agent that has no memory on
-    one (-1: device 0). ``transfer_ms`` until a peer that does not answer counts as gone."""
+    """``threads`` that read at once, each from a peer of its own (0: two). ``transfer_ms`` until a peer that does not
+    answer counts as gone."""
 
     threads: Threads = 0
-    device: Annotated[int, Meta(ge=-1, le=1024)] = -1
     transfer_ms: Annotated[int, Meta(ge=10, le=60000)] = 3000
 
 
@@ -47,5 +46,5 @@ class HcclTransport(NativeTransport):
     def _open(cls, options: Mapping[str, Any]) -> Any:
         parsed = parse_listening(cls.name, options, HcclOptions)
         check_cpus(cls.name, parsed.cpus)
-        packed = _SETTINGS.pack(parsed.device, parsed.transfer_ms)
+        packed = _SETTINGS.pack(parsed.transfer_ms)
         return cls._start(parsed.threads or _THREADS, parsed.cpus, False, addresses(cls.name, parsed), packed)

@@ -16,7 +16,7 @@ from pd_connector.transport.options import Listening, parse_listening
 
 _SETTINGS = struct.Struct("=iII16s")
 _THREADS = 4
-"""That ask and wait for HIXL at once: a slice is 4 MiB, of which a link of 100 GB/s moves one in the time of a question."""
+"""That ask and wait for HIXL at once: a link of 100 GB/s moves a slice, 4 MiB, in the time of a question."""
 
 
 class HixlOptions(Listening, frozen=True, forbid_unknown_fields=True):
