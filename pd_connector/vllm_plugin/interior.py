@@ -17,7 +17,7 @@ _ORDERS = (
 )
 """Logical axes of a block, as vLLM's backends have named them from 0.23 on (0.32: always heads, tokens, content)."""
 _TUPLE_ORDERS = (("token", "head", "channel"), ("token", "channel"))
-"""Of one tensor of several, as vllm-ascend gives a layer: (k, v), (nope, rope), (nope, rope, indexer's k, its scale)."""
+"""Of one tensor of several, as vllm-ascend gives a layer: (k, v) or (nope, rope), the indexer's k and its scale."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the first axis counts the kernel's blocks of 128 tokens.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,11 +32,12 @@ KERNEL = 128
 ALIGNMENT = 2 << 20
 _SHIFT = 512
 """torch-npu's allocator hands out multiples of this: what is aligned is made so by the model runner."""
-POISON = 0x5A
+_POISON = 0x5A
+"""What nothing was written to holds."""
 
 
 class AscendMLAAttentionSpec(MLAAttentionSpec):
-    """Named as vllm-ascend's, which derives it likewise."""
+    """Named as vllm-ascend's, which derives it alike."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,16 @@ class Rank:
     regions: list[Region]
     tensors: dict[str, tuple[torch.Tensor, ...]]
     raw: list[torch.Tensor] = field(default_factory=list)
-    first_head: int = 0
 
-    def snapshot(self) -> list[torch.Tensor]:
-        return [raw.cpu().clone() for raw in self.raw]
+    def snapshot(self) -> list[bytes]:
+        """Every byte of every allocation; of an emulated device the host can take them."""
+        return [ctypes.string_at(raw.data_ptr(), raw.nbytes) for raw in self.raw]
 
 
 def aligned(size: int, raws: list[torch.Tensor]) -> torch.Tensor:
     """Raw bytes as the model runner allocates them where KV is transferred."""
-    whole = torch.empty(size + 2 * ALIGNMENT, dtype=torch.int8, device="npu")
-    whole.fill_(POISON)
+    whole = torch.empty(size + _SHIFT + ALIGNMENT, dtype=torch.int8, device="npu")
+    ctypes.memset(whole.data_ptr(), _POISON, whole.nbytes)
     raws.append(whole)
     loose = whole[_SHIFT:]
     skip = -loose.data_ptr() % ALIGNMENT
@@ -156,8 +158,7 @@ def describe(config: Any, caches: dict[str, Any], tp: int, rank: int, heads: int
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
     regions, layout = describe_caches(vllm_config, config, caches, (0, rank))
-    group = layout.groups[0]
-    return Rank(layout, regions, caches, first_head=group.first_head)
+    return Rank(layout, regions, caches)
 
 
 def hybrid_rank(tp: int, rank: int, blocks: int, block_tokens: int, heads: int = 2) -> Rank:

@@ -1,4 +1,4 @@
-"""The plugin beside the sources of other vLLM versions: their base classes, their calls, what we import and use of them.
+"""The plugin beside the sources of other vLLM versions: base classes, calls, what we import and use of them.
 
 The sources come from the package index (see vllm_sources.py) and are kept under build/; without either, all but the
 controls are skipped.

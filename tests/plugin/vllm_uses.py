@@ -1,4 +1,4 @@
-"""What our plugin uses of vLLM: imports, and attributes of what it imports or is handed; and what of it is not there."""
+"""What our plugin uses of vLLM, imports and attributes of what it imports or is handed; and what of it is missing."""
 
 from __future__ import annotations
 
