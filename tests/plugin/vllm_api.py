@@ -164,9 +164,9 @@ def _differences(wanted: ast.arguments, mine: ast.arguments) -> Iterator[str]:
     if mine.kwarg is None:
         known = {each.arg for each in (*ours, *mine.kwonlyargs)}
         yield from (f"lacks argument {each.arg!r}" for each in wanted.kwonlyargs if each.arg not in known)
-    for star, one, other in (("*", wanted.vararg, mine.vararg), ("**", wanted.kwarg, mine.kwarg)):
-        if one is not None and other is None:
-            yield f"lacks {star}{one.arg}"
+    for star, theirs_of, ours_of in (("*", wanted.vararg, mine.vararg), ("**", wanted.kwarg, mine.kwarg)):
+        if theirs_of is not None and ours_of is None:
+            yield f"lacks {star}{theirs_of.arg}"
 
 
 def uncallable(api: Api, base: ast.ClassDef, ours: ast.ClassDef) -> tuple[int, list[str]]:
