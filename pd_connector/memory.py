@@ -2,7 +2,8 @@
 
 A *region* is one contiguous range of addresses. A *block grid* says where the blocks of one layer (or of one of its
 K/V parts) lie inside a region: block ``i`` starts at ``region.address + offset + i * block_stride`` and has
-``block_bytes`` bytes. Several grids may share a region; grids never overlap.
+``block_bytes`` bytes. Several grids may share a region; those of one group never overlap, those of several groups may:
+engines give each block of such a region to one group at a time.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the block densely.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pd_connector.errors import LocalProtocolError
@@ -32,6 +32,7 @@ class _Described:
 
 def to_regions(layers: Mapping[str, Any] | Sequence[Any], groups: Mapping[str, int] | None = None) -> list[Region]:
     """Regions, one per distinct storage, for ``layers``: name → tensor, or name → (tensor, tensor, ...) for K/V parts.
+    Tensors of any types may share a storage, and grids of several groups its bytes: a block belongs to one of them.
 
     The layer index of a grid is the layer's position. ``groups`` gives a layer's KV cache group (default 0). Raises
     LocalProtocolError for a tensor whose blocks are not dense or overlap.
@@ -45,9 +46,18 @@ def to_regions(layers: Mapping[str, Any] | Sequence[Any], groups: Mapping[str, i
             grid = _grid(described, name, index, (groups or {}).get(name, 0))
             grids.setdefault(described.storage, []).append(grid)
             first.setdefault(described.storage, described)
-    return [
-        Region(*storage, tuple(grids[storage]), one.kind, one.owner, one.writable) for storage, one in first.items()
-    ]
+    return [_region(one, grids[storage]) for storage, one in first.items()]
+
+
+def _region(first: _Described, grids: Sequence[BlockGrid]) -> Region:
+    """Of host memory all that was allocated together; of a device's what the grids cover, since engines align tensors
+    that are to be registered (to 2 MiB for an Ascend NPU) inside of larger allocations."""
+    address, length = first.storage
+    if first.kind is not MemoryKind.HOST:
+        before, end = min(grid.offset for grid in grids), max(grid.end for grid in grids)
+        address, length = address + before, end - before
+        grids = [replace(grid, offset=grid.offset - before) for grid in grids]
+    return Region(address, length, tuple(grids), first.kind, first.owner, first.writable)
 
 
 def describe_grids(grids: Sequence[GridRef], *, dtype: str = "uint8") -> KVLayout:

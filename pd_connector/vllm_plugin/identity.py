@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pd_connector.errors import ConfigError
 from pd_connector.layout import GroupLayout, KVLayout, heads_of_rank
 from pd_connector.memory import Region
 from pd_connector.tensors import to_regions
 from pd_connector.vllm_plugin import compat
-from pd_connector.vllm_plugin.interior import Content, form_of, state_form
+from pd_connector.vllm_plugin.interior import Content, dtype_of, form_of, state_form
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -64,7 +62,8 @@ def describe_caches(
     groups = []
     for index, group_id in enumerate(compat.transfer_groups(kv_cache_config)):
         group = kv_cache_config.kv_cache_groups[group_id]
-        layers = {name: _logical_blocks(kv_caches[name], num_blocks) for name in group.layer_names if name in kv_caches}
+        held = [name for name in group.layer_names if name in kv_caches]
+        layers = {name: _logical_blocks(name, kv_caches[name], num_blocks) for name in held}
         caches.update(layers)
         group_of.update(dict.fromkeys(layers, index))
         groups.append(_group(vllm_config, group.kv_cache_spec, layers, rank[1]))
@@ -86,7 +85,7 @@ def _group(vllm_config: Any, group_spec: Any, layers: Mapping[str, Sequence[Any]
     stateful = compat.is_state(spec)
     total, first, heads = _heads(vllm_config, spec, tensor_parallel, tensor_rank)
     tokens = 1 if stateful else int(spec.block_size)
-    dtype = str(getattr(spec, "dtype", torch.uint8)).removeprefix("torch.")
+    dtype = dtype_of(spec)
     forms = {}
     for name, tensors in layers.items():
         if stateful:
@@ -94,7 +93,7 @@ def _group(vllm_config: Any, group_spec: Any, layers: Mapping[str, Sequence[Any]
             continue
         latent = compat.is_latent(spec)
         packing = "" if latent else compat.interior_packing(specs[name].dtype, tokens, int(specs[name].head_size))
-        forms[name] = form_of(tensors, Content(heads, tokens, latent, packing))
+        forms[name] = form_of(tensors, Content(heads, tokens, dtype_of(specs[name]), latent, packing))
     every = tuple(dict.fromkeys(forms.values()))
     return GroupLayout(
         kind=type(spec).__name__,
@@ -125,10 +124,12 @@ def _heads(vllm_config: Any, spec: Any, tensor_parallel: int, rank: int) -> tupl
     return total, first, heads
 
 
-def _logical_blocks(value: Any, num_blocks: int) -> tuple[Any, ...]:
+def _logical_blocks(name: str, value: Any, num_blocks: int) -> tuple[Any, ...]:
     """A layer's tensors. Kernels may see a block as several smaller ones; the scheduler's ids count logical ones."""
     if isinstance(value, tuple | list):
-        return tuple(tensor for part in value for tensor in _logical_blocks(part, num_blocks))
+        return tuple(tensor for part in value for tensor in _logical_blocks(name, part, num_blocks))
+    if value.shape[0] < num_blocks:
+        raise ConfigError(f"layer {name}: shape {tuple(value.shape)} does not begin with the {num_blocks} blocks")
     if value.shape[0] == num_blocks or value.shape[0] % num_blocks:
         return (value,)
     return (value.unflatten(0, (num_blocks, value.shape[0] // num_blocks)),)

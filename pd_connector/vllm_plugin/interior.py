@@ -17,15 +17,17 @@ _ORDERS = (
 )
 """Logical axes of a block, as vLLM's backends have named them from 0.23 on (0.32: always heads, tokens, content)."""
 _TUPLE_ORDERS = (("token", "head", "channel"), ("token", "channel"))
-"""Of one tensor of several, as vllm-ascend gives a layer: (k, v) or (nope, rope)."""
+"""Of one tensor of several, as vllm-ascend gives a layer: (k, v) or (nope, rope), the indexer's k and its scale."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a layer's blocks hold on this rank. ``packing`` names the instruction set that packs blocks on a CPU."""
+    """What a layer's blocks hold on this rank. ``packing`` names the instruction set that packs blocks on a CPU,
+    ``dtype`` the type of the layer's cache: a tensor of another one says so, or int8 would be taken for float8."""
 
     heads: int
     tokens: int
+    dtype: str
     latent: bool = False
     packing: str = ""
 
@@ -45,10 +47,17 @@ def state_form(tensors: Sequence[Any], packing: str) -> Form:
     """Of a layer whose blocks are states, not tokens: each tensor's block is a whole."""
     sizes = tuple(_block_bytes(tensor) for tensor in tensors)
     parts = tuple(
-        Part(name=f"state.{grid}", grid=grid, unit_bytes=size, token_stride=size, packing=packing)
-        for grid, size in enumerate(sizes)
-    )
+        Part(
+            name=f"state.{grid}", grid=grid, unit_bytes=size, token_stride=size, packing=f"{dtype_of(tensor)} {packing}"
+        )
+        for grid, (tensor, size) in enumerate(zip(tensors, sizes, strict=True))
+    )  # fmt: skip
     return Form(block_bytes=sizes, parts=parts)
+
+
+def dtype_of(holder: Any) -> str:
+    """Of a tensor or a cache spec."""
+    return str(getattr(holder, "dtype", "uint8")).removeprefix("torch.")
 
 
 def _block_bytes(tensor: Any) -> int:
@@ -67,7 +76,7 @@ def _plain(tensor: Any, grid: int, grids: int, content: Content) -> tuple[Part, 
     if axes is None:  # arranged in a way that is not known here: blocks of equal shape can still be exchanged
         size = _block_bytes(tensor)
         strides = [int(stride) for stride in tensor.stride()]
-        packing = f"shape {tuple(tensor.shape[1:])} strides {tuple(strides[1:])}"
+        packing = f"{dtype_of(tensor)} shape {tuple(tensor.shape[1:])} strides {tuple(strides[1:])}"
         return (
             Part(
                 name=name,
@@ -80,7 +89,8 @@ def _plain(tensor: Any, grid: int, grids: int, content: Content) -> tuple[Part, 
         )
     if name == "kv" and axes["channel"][0] % 2 == 0 and "kv" not in axes:
         axes = _split_channel(axes)  # every token and head holds [K | V]
-    return strided_parts(axes, int(tensor.element_size()), name=name, grid=grid)
+    packing = "" if dtype_of(tensor) == content.dtype else dtype_of(tensor)
+    return strided_parts(axes, int(tensor.element_size()), name=name, grid=grid, packing=packing)
 
 
 def _axes(tensor: Any, content: Content, orders: Sequence[Sequence[str]]) -> dict[str, tuple[int, int]] | None:
@@ -88,10 +98,15 @@ def _axes(tensor: Any, content: Content, orders: Sequence[Sequence[str]]) -> dic
     size, shape = int(tensor.element_size()), [int(extent) for extent in tensor.shape[1:]]
     strides = [int(stride) * size for stride in tensor.stride()[1:]]
     wanted = {"kv": 2, "head": content.heads, "token": content.tokens}
-    for order in orders:
-        named = dict(zip(order, zip(shape, strides, strict=False), strict=False))
-        if len(order) == len(shape) and all(extent == wanted.get(axis, extent) for axis, (extent, _) in named.items()):
-            return named
+    seen = [(shape, strides)]
+    if len(shape) > 2 and shape[0] * shape[1] == content.tokens and strides[0] == shape[1] * strides[1]:
+        # The kernel's smaller blocks, one behind the other: their tokens are the block's.
+        seen.append(([content.tokens, *shape[2:]], strides[1:]))
+    for extents, steps in seen:
+        for order in orders:
+            named = dict(zip(order, zip(extents, steps, strict=False), strict=False))
+            if len(order) == len(extents) and all(n == wanted.get(axis, n) for axis, (n, _) in named.items()):
+                return named
     return None
 
 
