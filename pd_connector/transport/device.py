@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pd_connector.errors import LocalProtocolError, TransportUnavailable
 from pd_connector.memory import MemoryKind, native
+from pd_connector.transport.native import require
 
 Moves = npt.NDArray[np.uint64]
 """Shape (n, 3), columns: destination, source, bytes. In no order; they do not overlap."""
@@ -46,7 +47,7 @@ class Device:
         reason = why_no_device(kind)
         if reason is not None:
             raise TransportUnavailable(self._name, reason)
-        self._native: Any = native()
+        self._native = require(self._name)
         try:
             self._handle = self._native.device_open(self._name, index)
         except RuntimeError as error:
