@@ -22,6 +22,10 @@ _BUILT_IN = {
     "verbs": "pd_connector.transport.verbs:VerbsTransport",
     "tcp": "pd_connector.transport.native:TcpTransport",
     "zmq": "pd_connector.transport.zmq:ZmqTransport",
+    "staged-shm": "pd_connector.transport.staged:StagedShm",
+    "staged-verbs": "pd_connector.transport.staged:StagedVerbs",
+    "staged-tcp": "pd_connector.transport.staged:StagedTcp",
+    "staged-zmq": "pd_connector.transport.staged:StagedZmq",
 }
 
 

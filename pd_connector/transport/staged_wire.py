@@ -7,7 +7,7 @@
                      Filled | Refused    the one answer to a Fill
                      Held | Void         the one answer to a Return
 
-Every slice is one Fill and, once it was filled, one Return, matched by the ``serial`` of the Fill, which never repeats on
+Every slice is one Fill and, once it was filled, one Return, matched by the ``serial`` of the Fill. It never repeats on
 a connection.
 """
 
