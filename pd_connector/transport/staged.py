@@ -6,13 +6,14 @@ the device, one in each direction. Who holds which slot of host memory is decide
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import zmq
-from msgspec import Meta
+from msgspec import Meta, field
 
 from pd_connector.errors import ConfigError, PDError, RemoteProtocolError, TransportUnavailable
 from pd_connector.memory import MemoryKind, Region
@@ -46,7 +47,7 @@ class StagedOptions(Listening, frozen=True, forbid_unknown_fields=True, kw_only=
     ``slots`` of ``slot_bytes`` to serve from, and as many to read into; ``device`` is the index of the one that
     registered memory lies on (-1: the current one of the thread that registers it)."""
 
-    inner: dict[str, Any] = {}
+    inner: dict[str, Any] = field(default_factory=dict)
     slots: Annotated[int, Meta(ge=1, le=MAX_SLOTS // 2)] = 8
     slot_bytes: Annotated[int, Meta(ge=4096, le=MAX_SLOT_BYTES)] = 4 << 20
     device: Annotated[int, Meta(ge=CURRENT)] = CURRENT
@@ -65,15 +66,14 @@ class StagedTransport(ThreadedTransport):
         self._devices: dict[MemoryKind, Device] = {}
         self._exposed = Exposed(DeviceMemory(()))
         self._pool = SlotPool(self._options.slots, self._options.slot_bytes)
-        self._inner = load(self.inner_name)(f"{agent}/slots", self._inner_options(self._options))
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._inner = load(self.inner_name)(f"{agent}/slots", self._inner_options(self._options))
+            undo.callback(self._inner.close)
             self._inner.register([self._pool.region])
             self._start()
             self._where = self._describe()
-        except BaseException:
-            self.close()
-            self._inner.close()
-            raise
+            undo.pop_all()
 
     @classmethod
     def _inner_options(cls, options: StagedOptions) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The owner's half of a staged transport: its device fills slots for readers, which read them over ``inner``.
 
 The order that makes a slot's bytes safe: the block lease is checked, the device copies, the lease is checked again, the
-slot is leased to the reader under an epoch of its own. The reader gives the slot back when it has read it, and its bytes
+slot is leased to the reader under an epoch of its own. The reader gives it back when it has read it, and its bytes
 count only if that epoch, which ends with the block lease, was still held then.
 
 Everything runs in the transport's I/O thread, but for ``revoke``, which must have taken effect when it returns.

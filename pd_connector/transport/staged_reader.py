@@ -1,6 +1,6 @@
 """The reader's half of a staged transport: peers, their reads, and the slices on their way.
 
-A slice is asked for; its owner fills a slot; that is read over ``inner`` into a slot of ours; then, at once, the owner's
+A slice is asked for; its owner fills a slot; that is read over ``inner`` into a slot of ours; at once then the owner's
 slot is given back and our device puts the bytes in their places. The slice counts when the owner said that the slot was
 held until it came back and the device is done. Several slices are on their way, each at another stage.
 
@@ -195,7 +195,8 @@ class StagedReader:
 
     def _start(self, piece: Piece, slot: int) -> None:
         filled, peer = piece.filled, self._peers.get(piece.read.peer)
-        assert filled is not None and peer is not None, "a peer's reads end before it does"
+        assert filled is not None
+        assert peer is not None, "a peer's reads end before it does"
         piece.slot, piece.inner_tag, piece.deadline = slot, self._tag(), time.monotonic() + ARRIVE_S
         self._arriving[piece.inner_tag] = piece
         lease, plan = LeaseId(filled.slot, filled.epoch), one_slot(filled.slot, slot, filled.num_bytes)
@@ -357,7 +358,8 @@ class StagedReader:
 
     def _settle(self, read: Read | None) -> None:
         """Complete a read, and the fences that waited for it, once nothing of it moves."""
-        if read is not None and read.ending is not None and not read.moving and self._reads.pop(read.tag, None):
+        if read is not None and read.ending is not None and not read.moving and read.tag in self._reads:
+            del self._reads[read.tag]
             self._tags.finish(read.tag, *read.ending)
             for _, tags in self._fences:
                 tags.discard(read.tag)

@@ -1,4 +1,4 @@
-"""The conformance suite over staged transports with the processor as the device: one process and two, and Faulty ones."""
+"""The conformance suite over staged transports with the processor as the device: one process and two, and Faulty."""
 
 from __future__ import annotations
 
