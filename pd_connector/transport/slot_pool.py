@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from pd_connector.memory import BlockGrid, Region, shared_pool
+from pd_connector.memory import BlockGrid, Pool, Region, shared_pool
 from pd_connector.plan import CopyPlan, Pattern, coalesce
 
 
@@ -13,9 +13,10 @@ class SlotPool:
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.slots, self.slot_bytes = slots, slot_bytes
-        self._pool = shared_pool(2 * slots * slot_bytes)
+        pool = shared_pool(2 * slots * slot_bytes)
         grid = BlockGrid(0, 0, 0, slot_bytes, slot_bytes, 2 * slots)
-        self.region = Region(self._pool.address, len(self._pool), (grid,), keepalive=self._pool)
+        self._pool: Pool | None = pool
+        self.region = Region(pool.address, len(pool), (grid,), keepalive=pool)
         self._free = deque(range(slots, 2 * slots))
 
     def address(self, slot: int) -> int:
@@ -27,6 +28,12 @@ class SlotPool:
 
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
+
+    def close(self) -> None:
+        """Nobody uses it any more: the memory goes now, not when the collector comes by. Idempotent."""
+        if self._pool is not None:
+            self._pool = None
+            del self.region
 
 
 def one_slot(theirs: int, ours: int, num_bytes: int) -> CopyPlan:

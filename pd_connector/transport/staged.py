@@ -181,6 +181,7 @@ class StagedTransport(ThreadedTransport):
         for device in devices:
             device.unpin(self._pool.region.address)
             device.close()
+        self._pool.close()
 
     def counters(self) -> dict[str, int]:
         """Totals since start: slots filled, given back late and void, bytes, refusals, malformed messages, dropped

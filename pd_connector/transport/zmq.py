@@ -142,3 +142,4 @@ class ZmqTransport(ThreadedTransport):
     def _shut(self) -> None:
         self._owner.close()
         self._reader.close()
+        self._memory = self._owner.memory = HostMemory(())  # frames that libzmq still holds keep theirs
