@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 from enum import IntEnum
@@ -18,6 +19,9 @@ from pd_connector.transport.native import require
 Moves = npt.NDArray[np.uint64]
 """Shape (n, 3), columns: destination, source, bytes. In no order; they do not overlap."""
 
+log = logging.getLogger(__name__)
+
+CLOSE_DEADLINE_S = 5.0
 _NAMES = {MemoryKind.HOST: "cpu", MemoryKind.NPU: "acl", MemoryKind.CUDA: "cuda"}
 CURRENT = -1
 """The device that is the calling thread's current one."""
@@ -83,13 +87,16 @@ class Device:
             c.device_move(self._handle, np.ascontiguousarray(moves), int(direction))
 
     def close(self) -> None:
-        """Waits for the calls that other threads are in; idempotent."""
+        """Waits for the calls that other threads are in, within reason; idempotent."""
         with self._idle:
             if self._closed:
                 return
             self._closed = True
-            self._idle.wait_for(lambda: not self._calls)
-        self._native.device_close(self._handle)
+            quiet = self._idle.wait_for(lambda: not self._calls, CLOSE_DEADLINE_S)
+        if quiet:
+            self._native.device_close(self._handle)
+        else:
+            log.error("device %s is in use %g s after its end: it stays open", self._name, CLOSE_DEADLINE_S)
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from pd_connector.transport.threaded import set_affinity
 
 log = logging.getLogger(__name__)
 
-CLOSE_DEADLINE_S = 5.0
+CLOSE_DEADLINE_S = 4.0
 
 Job = Future[None]
 Done = Callable[[str | None], None]
@@ -35,15 +35,16 @@ class Mover:
         job.add_done_callback(lambda ended: self._report(lambda: self._finish(ended, done)))
         return job
 
-    def close(self) -> None:
-        """On return nothing moves any more, unless a device does not come back."""
+    def close(self) -> bool:
+        """On return nothing moves any more; False when a device does not come back: then what it may still write to or
+        read from must never be given away."""
         for job in self._jobs:
             job.cancel()
         stuck = wait(self._jobs, CLOSE_DEADLINE_S).not_done
         if stuck:
-            # The job keeps its memory alive, so what it may still write corrupts nobody.
             log.error("a device did not end a move within %g s", CLOSE_DEADLINE_S)
         self._pool.shutdown(wait=not stuck, cancel_futures=True)
+        return not stuck
 
     def _move(self, device: Device, moves: Callable[[], Iterable[Moves]]) -> None:
         for some in moves():

@@ -41,6 +41,9 @@ from pd_connector.transport.staged_wire import (
 from pd_connector.transport.threaded import ThreadedTransport
 from pd_connector.transport.zmq_sockets import endpoint
 
+_abandoned: list[object] = []
+"""Memory that a device may still be moving, although it was told to stop: leaked rather than corrupted."""
+
 
 class StagedOptions(Listening, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Listening is that of the control messages. ``inner`` are the options of the transport that carries the bytes;
@@ -64,6 +67,7 @@ class StagedTransport(ThreadedTransport):
         super().__init__(agent, self._options.cpus)
         self._instance = secrets.token_bytes(16)
         self._devices: dict[MemoryKind, Device] = {}
+        self._quiet = True
         self._exposed = Exposed(DeviceMemory(()))
         self._pool = SlotPool(self._options.slots, self._options.slot_bytes)
         with contextlib.ExitStack() as undo:
@@ -175,6 +179,9 @@ class StagedTransport(ThreadedTransport):
         super().close()
         if os.getpid() != self._pid or self._thread.is_alive():
             return
+        if not self._quiet:
+            _abandoned.append((self._pool, self._exposed))
+            return
         with self._lock:
             devices = list(self._devices.values())
             self._devices.clear()
@@ -211,8 +218,7 @@ class StagedTransport(ThreadedTransport):
         return min((each for each in (self._owner.due(), self._reader.due()) if each is not None), default=None)
 
     def _shut(self) -> None:
-        self._to_device.close()
-        self._to_host.close()
+        self._quiet = self._to_device.close() & self._to_host.close()
         self._owner.close()
         self._reader.close()
         self._inner.close()

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
 import pytest
-import zmq
+from raw_reader import Raw
 
 from pd_connector.errors import ConfigError, LocalProtocolError, TransportUnavailable
 from pd_connector.memory import BlockGrid, MemoryKind, Region, native
@@ -25,59 +23,15 @@ from pd_connector.transport.staged_wire import (
     Code,
     Filled,
     Held,
-    Ping,
-    Pong,
     Refused,
-    Request,
     Return,
-    ToReader,
     Void,
-    decode_answer,
     decode_where,
     encode,
-    encode_fill,
 )
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C extension was not built")
 SLOTS = 4
-
-
-class Raw:
-    """A reader that says exactly what a test has it say, to one owner."""
-
-    def __init__(self, owner: LocalOwner) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.connect(decode_where(owner.describe(), "staged-zmq").endpoint)
-        self._serial = 0
-
-    def fill(self, lease: LeaseId = LEASE, block: int = 0, size: int = 4096) -> int:
-        self._serial += 1
-        blocks = np.array([block], np.uint32)
-        self._socket.send_multipart(encode_fill(Request(self._serial, lease, CAPABILITY, blocks, ((0, 0, size),))))
-        return self._serial
-
-    def give_back(self, filled: Filled) -> ToReader:
-        self._socket.send(encode(Return(filled.serial, filled.slot, filled.epoch)))
-        return self.answer()
-
-    def send(self, *frames: bytes) -> None:
-        self._socket.send_multipart(frames)
-
-    def answer(self, within: float = DEADLINE_S) -> ToReader:
-        assert self._socket.poll(int(within * 1000)), f"no answer within {within} s"
-        return decode_answer(self._socket.recv())
-
-    def filled(self) -> Filled:
-        answer = self.answer()
-        assert isinstance(answer, Filled), answer
-        return answer
-
-    def is_silent(self) -> bool:
-        return not self._socket.poll(200)
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
 
 
 @pytest.fixture
@@ -332,53 +286,6 @@ def test_a_slot_that_does_not_arrive_is_given_up(pair: Pair, monkeypatch: pytest
     completion = pair.wait(pair.read(pair.blocks([0])))
     assert completion.status is Status.ERROR
     assert "did not arrive" in completion.detail
-
-
-# What comes in
-
-
-@pytest.mark.parametrize(
-    "frames",
-    [
-        (b"\xc1",),
-        (b"",),
-        (b"x", b"y", b"z"),
-        (msgspec.msgpack.encode([2, 1, 7, 1, CAPABILITY, [[0, 0, 4096]]]),),
-        (msgspec.msgpack.encode([2, 1, 7, 1, CAPABILITY, [[0, 0, 4096]]]), b"abc"),
-        (msgspec.msgpack.encode([2, 1, 7, 1, CAPABILITY, [[0, 0, 2**40]]]), bytes(4)),
-        (msgspec.msgpack.encode([2, 1, 7, 1, CAPABILITY, [[0, 0, 1]] * 100]), bytes(4 * 4096)),
-        (msgspec.msgpack.encode([3, 1, 10**6, 1]),),
-    ],
-)
-def test_a_malformed_request_is_counted_and_dropped(
-    owner: LocalOwner, raw: Callable[[], Raw], frames: tuple[bytes, ...]
-) -> None:
-    reader = raw()
-    reader.send(*frames)
-    reader.send(encode(Ping(b"n" * 16)))
-    assert isinstance(reader.answer(), Pong)
-    assert counter(owner, "malformed") == 1
-
-
-@pytest.mark.parametrize(("block", "size"), [(48, 8), (0, 4097), (0, 8 << 20)])
-def test_an_address_that_does_not_exist_is_refused(raw: Callable[[], Raw], block: int, size: int) -> None:
-    reader = raw()
-    reader.fill(block=block, size=size)
-    answer = reader.answer()
-    assert isinstance(answer, Refused)
-    assert answer.code in (Code.REFUSED, Code.NOT_GRANTED)
-
-
-def test_more_than_a_slot_holds_is_refused(closing: list[Any]) -> None:
-    owner = LocalOwner(StagedZmq("owner", {"slot_bytes": 4096}), "big", SEED)
-    closing.append(owner)
-    owner.grant(LEASE, CAPABILITY, {0: range(64)})
-    reader = Raw(owner)
-    closing.append(reader)
-    reader.fill(size=4097)
-    answer = reader.answer()
-    assert isinstance(answer, Refused)
-    assert "4096" in answer.detail
 
 
 # Devices
