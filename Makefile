@@ -36,13 +36,13 @@ native-test: ## the C code without Python under the address, undefined-behaviour
 	@for sanitizer in address,undefined thread; do \
 		echo "native-test: $$sanitizer"; \
 		$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
-			-fsanitize=$$sanitizer -pthread tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
+			-fsanitize=$$sanitizer -pthread tests/native/stress.c $(filter-out csrc/module%.c,$(wildcard csrc/*.c)) \
 			-o build/stress-$$sanitizer && timeout 600 build/stress-$$sanitizer || exit 1; done
 
 build/stress-address,undefined: tests/native/stress.c $(wildcard csrc/*.c csrc/*.h)
 	@mkdir -p build
 	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
-		-fsanitize=address,undefined -pthread tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) -o $@
+		-fsanitize=address,undefined -pthread tests/native/stress.c $(filter-out csrc/module%.c,$(wildcard csrc/*.c)) -o $@
 
 rdma-test: venv ## real verbs: guests with Soft-RoCE, one and two on a cable (ARGS="--short", "--only WORDS")
 	@$(BIN)/python tests/rdma_vm/run.py $(ARGS)
@@ -50,10 +50,10 @@ rdma-test: venv ## real verbs: guests with Soft-RoCE, one and two on a cable (AR
 fuzz: ## mutated messages at both ends of the tcp backend and at the parsers of verbs, under the sanitizers (MESSAGES=n, default 1000000; SEED=k)
 	@mkdir -p build
 	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
-		-fsanitize=address,undefined -pthread tests/native/fuzz_tcp.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
+		-fsanitize=address,undefined -pthread tests/native/fuzz_tcp.c $(filter-out csrc/module%.c,$(wildcard csrc/*.c)) \
 		-o build/fuzz-tcp
 	@$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
-		-fsanitize=address,undefined -pthread tests/native/fuzz_verbs.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) \
+		-fsanitize=address,undefined -pthread tests/native/fuzz_verbs.c $(filter-out csrc/module%.c,$(wildcard csrc/*.c)) \
 		-o build/fuzz-verbs
 	@build/fuzz-verbs $(or $(MESSAGES),1000000) $(or $(SEED),1)
 	@build/fuzz-tcp $(or $(MESSAGES),1000000) $(or $(SEED),1) tests/native/corpus/*
@@ -61,14 +61,14 @@ fuzz: ## mutated messages at both ends of the tcp backend and at the parsers of 
 guided-fuzz: ## the same by clang's libFuzzer (RUNS=n, default 1000000); what it finds is kept in tests/native/corpus
 	@mkdir -p build/corpus
 	@clang -D_GNU_SOURCE -DLIBFUZZER -std=c11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread \
-		tests/native/fuzz_tcp.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) -o build/guided-fuzz-tcp
+		tests/native/fuzz_tcp.c $(filter-out csrc/module%.c,$(wildcard csrc/*.c)) -o build/guided-fuzz-tcp
 	@build/guided-fuzz-tcp -runs=$(or $(RUNS),1000000) -max_len=4200 -timeout=30 build/corpus tests/native/corpus
 	@build/guided-fuzz-tcp -merge=1 tests/native/corpus build/corpus
 
 aarch64-test: ## the C code built for aarch64 and run under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
 	@mkdir -p build
 	@aarch64-linux-gnu-gcc -D_GNU_SOURCE -std=c11 -O2 -Wall -Wextra -Wshadow -Werror -static -pthread \
-		tests/native/stress.c $(filter-out csrc/module.c,$(wildcard csrc/*.c)) -o build/stress-aarch64
+		tests/native/stress.c $(filter-out csrc/module%.c,$(wildcard csrc/*.c)) -o build/stress-aarch64
 	@qemu-aarch64 build/stress-aarch64 pooled tcp
 
 leak-test: venv ## owners killed before, while and after they are read from: nothing stays behind (CYCLES=n, default 1000)

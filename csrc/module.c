@@ -1,8 +1,6 @@
-/* The one file that knows Python: pd.h as the module pd_connector._native, in the limited API. */
+/* pd.h as the module pd_connector._native, in the limited API; module*.c are the files that know Python. */
 
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "module.h"
 
 #include "pd.h"
 
@@ -42,8 +40,7 @@ static pd_transport *transport_of(PyObject *capsule)
     return PyCapsule_GetPointer(capsule, CAPSULE);
 }
 
-/* None, or RuntimeError with the words of the call that failed. */
-static PyObject *result(int error)
+PyObject *result(int error)
 {
     if (error >= 0)
         return Py_NewRef(Py_None);
@@ -57,7 +54,7 @@ static PyObject *reason(int error)
     return error ? PyUnicode_DecodeUTF8(pd_last_error(), (Py_ssize_t)strlen(pd_last_error()), "replace") : Py_NewRef(Py_None);
 }
 
-static PyObject *ask(int (*question)(const char *), PyObject *word)
+PyObject *ask(int (*question)(const char *), PyObject *word)
 {
     PyObject *bytes = PyUnicode_AsUTF8String(word);
     const char *name = bytes ? PyBytes_AsString(bytes) : NULL;
@@ -422,8 +419,16 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static int add_devices(PyObject *made)
+{
+    return PyModule_AddFunctions(made, device_methods);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_devices}, {0, NULL}};
+
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, .m_name = "pd_connector._native", .m_doc = "The native data plane.", .m_methods = methods,
+    .m_slots = slots,
 };
 
 PyMODINIT_FUNC PyInit__native(void)

@@ -207,5 +207,6 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     local = {"cpus": list(config.io_cpus)}
     network = {"host": config.host, "advertise": advertised_host(config), **local}
     implied: dict[str, dict[str, Any]] = {"shm": local, "verbs": network, "tcp": network, "zmq": network}
+    implied |= {f"staged-{inner}": network for inner in implied}
     given = config.transport_options
     return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pd_connector.protocol.events import Completed, Connect, Connected, GrantBlocks, PostRead
+from pd_connector.testing.sim_slots import Fill, Staging
 from pd_connector.testing.sim_truth import Holding, Piece, Watch
+from pd_connector.transport.base import LeaseId
+from pd_connector.transport.staging import Loan, Verdict
 
 if TYPE_CHECKING:
     from pd_connector.testing.sim_node import Node
@@ -36,13 +39,21 @@ class Data:
     grants: dict[tuple[int, int], tuple[bytes, frozenset[tuple[int, int]]]] = field(default_factory=dict)
     jobs: dict[int, ReadJob] = field(default_factory=dict)
     closed: bool = False
+    staging: Staging = field(init=False)
     _fences: int = 0
+
+    def __post_init__(self) -> None:
+        self.staging = Staging(self.node)
 
     # --- the owner's end ----------------------------------------------------------------------------------------------
 
     def grant(self, command: GrantBlocks) -> None:
         cells = frozenset((group, block) for group, blocks in command.blocks.items() for block in blocks)
         self.grants[command.number, command.epoch] = (command.capability, cells)
+
+    def revoke(self, number: int, epoch: int) -> None:
+        self.grants.pop((number, epoch), None)
+        self.staging.revoke(LeaseId(number, epoch))
 
     def serves(self, job: ReadJob, pieces: list[Piece]) -> bool:
         command = job.command
@@ -87,11 +98,11 @@ class Data:
         rng.shuffle(pieces)
         job = self.jobs[command.tag] = ReadJob(command, watch, part, rng, pieces)
         if command.peer in self.peers:
-            self._later(job, self._start, job)
+            self.soon(job, self._start, job)
         else:
             self._complete(job, "peer_lost")
 
-    def _later(self, job: ReadJob, what: object, *args: object) -> None:
+    def soon(self, job: ReadJob, what: object, *args: object) -> None:
         rules = self.node.world.script.rules
         self.node.world.later(rules.piece_time * job.rng.uniform(0.2, 1.8), what, *args)  # type: ignore[arg-type]
 
@@ -115,16 +126,20 @@ class Data:
                 world.count("reads hanging at a dead peer")
             return
         until = world.net.blocked_until(source.instance, self.node.instance)
-        if until or (source.frozen_until > world.now and not rules.one_sided):
+        one_sided = rules.one_sided and not rules.slots  # it is the owner that fills slots
+        if until or (source.frozen_until > world.now and not one_sided):
             world.count("reads held up")
             world.at(max(until, source.frozen_until) + 0.001, self._start, job)
             return
         pieces, job.todo = job.todo[: rules.chunk], job.todo[rules.chunk :]
-        if not rules.one_sided and not source.data.serves(job, pieces):
+        if not one_sided and not source.data.serves(job, pieces):
             self._complete(job, "not_granted")
             return
         job.flying += 1
-        self._later(job, self._sample, job, source, pieces)
+        if rules.slots:
+            source.data.staging.ask(Fill(self, job, pieces))
+            return
+        self.soon(job, self._sample, job, source, pieces)
 
     def _sample(self, job: ReadJob, source: Node, pieces: list[Piece]) -> None:
         world = self.node.world
@@ -138,7 +153,7 @@ class Data:
             grid, block = piece.source
             seen = (world.truth.tick(), source.engine.holder[block])
             samples.append((piece, source.memory[grid][block], seen))
-        self._later(job, self._land, job, samples)
+        self.soon(job, self._land, job, samples)
         if job.todo:
             self._start(job)
 
@@ -146,6 +161,11 @@ class Data:
         job.flying -= 1
         if job.ended or self.closed:
             return
+        self._write(job, samples)
+        if not job.todo and not job.flying:
+            self._complete(job, "done")
+
+    def _write(self, job: ReadJob, samples: list[Sample]) -> None:
         for piece, content, seen in samples:
             grid, block = piece.target
             if job.watch.audited and job.rng.random() < self.node.world.script.rules.wrong_bytes:
@@ -153,8 +173,52 @@ class Data:
                 content ^= 2**62
             self.node.memory[grid][block] = content
             self.node.world.truth.landed(job.watch, job.part, piece, seen)
-        if not job.todo and not job.flying:
-            self._complete(job, "done")
+
+    # --- the reader's end, through slots ------------------------------------------------------------------------------
+
+    def read_slot(self, fill: Fill, source: Node, loan: Loan[Fill], first: bool = True) -> None:
+        """A slot is filled: read it piece by piece, while the next one is being filled. Without the owner's help."""
+        job = fill.job
+        if self.closed or source.dead:
+            return
+        if first and job.todo:
+            self._start(job)
+        if not job.ended and len(fill.samples) < len(fill.pieces):
+            fill.samples.append(source.data.staging.read(loan, len(fill.samples)))
+            self.soon(job, self.read_slot, fill, source, loan, False)
+            return
+        if not job.ended:
+            read = zip(fill.pieces, fill.samples, strict=True)
+            self._write(job, [(piece, content, seen) for piece, (content, seen) in read])
+        self.soon(job, self._give_back, fill, source, loan)
+
+    def _give_back(self, fill: Fill, source: Node, loan: Loan[Fill]) -> None:
+        """What was read counts if the slot was held all the time."""
+        world = self.node.world
+        if self.closed or source.dead:
+            return
+        until = max(world.net.blocked_until(source.instance, self.node.instance), source.frozen_until)
+        if until > world.now:
+            world.at(until + 0.001, self._give_back, fill, source, loan)
+            return
+        verdict = source.data.staging.give_back(loan)
+        if verdict is Verdict.HELD:
+            self.soon(fill.job, self._land, fill.job, [])
+        else:
+            self.refused(fill, "not_granted" if verdict is Verdict.REVOKED else "error")
+
+    def refused(self, fill: Fill, status: str) -> None:
+        self._complete(fill.job, status)
+
+    def again(self, fill: Fill) -> None:
+        """The owner died: ask whoever is there now for all of it."""
+        fill.job.todo = fill.pieces + fill.job.todo
+        fill.job.flying -= 1
+        self.soon(fill.job, self._start_over, fill.job)
+
+    def _start_over(self, job: ReadJob) -> None:
+        if job.todo:  # another of its chunks may have taken all of it
+            self._start(job)
 
     def _complete(self, job: ReadJob, status: str) -> None:
         if job.ended or self.closed:
@@ -200,5 +264,6 @@ class Data:
 
     def close(self) -> None:
         self.closed = True
+        self.staging.die()
         self.jobs.clear()
         self.grants.clear()

@@ -126,7 +126,7 @@ class Node:
             case GrantBlocks():
                 self.data.grant(command)
             case RevokeBlocks(number, epoch):
-                self.data.grants.pop((number, epoch), None)
+                self.data.revoke(number, epoch)
             case DigestBlocks():
                 self.world.later(self.rng.uniform(0.0, 0.05), self._digest, command)
             case Connect():
@@ -163,6 +163,7 @@ class Node:
     def check_idle(self) -> None:
         """Everything is over: nothing may be held, kept, waited for or remembered as under way."""
         core = self.core
+        self.data.staging.check_idle()
         left: dict[str, object] = {name: value for name, value in core.gauges().items() if name != "peers" and value}
         reader, owner = core.reader, core.owner
         rest = {

@@ -1,6 +1,6 @@
-"""Planted faults: each takes one promise of the protocol away, and the simulation must notice.
+"""Planted faults: each takes one promise of the protocol, or of staging slots, away, and the simulation must notice.
 
-They patch the core's classes for as long as the context lasts; the product's code knows nothing of them.
+They patch the product's classes for as long as the context lasts; its code knows nothing of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pd_connector.protocol.messages import Commit, Opened, Refused, Verdict
 from pd_connector.protocol.owner import LeaseRequest, Owner
 from pd_connector.protocol.reader import Reader
 from pd_connector.protocol.transfer import Transfer, TransferInput, TransferState
+from pd_connector.transport.staging import Loan, SlotTable
 
 
 @contextmanager
@@ -125,6 +126,25 @@ def done_while_more() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reuse_slot_before_return() -> Iterator[None]:
+    """A staging slot is lent again as soon as it was filled, before its reader has read it and given it back."""
+    filled, leave = SlotTable.filled, SlotTable._leave
+
+    def planted_filled(self: SlotTable[Any], loan: Loan[Any], now: float) -> bool:
+        held = filled(self, loan, now)
+        if held:
+            leave(self, loan)
+        return held
+
+    def planted_leave(self: SlotTable[Any], loan: Loan[Any]) -> None:
+        if loan.deadline is None:
+            leave(self, loan)
+
+    with patch.object(SlotTable, "filled", planted_filled), patch.object(SlotTable, "_leave", planted_leave):
+        yield
+
+
 PLANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "use-without-verdict": use_without_verdict,
     "commit-after-epoch-end": commit_after_epoch_end,
@@ -132,6 +152,7 @@ PLANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "accept-stale-incarnation": accept_stale_incarnation,
     "end-twice": end_twice,
     "done-while-more": done_while_more,
+    "reuse-slot-before-return": reuse_slot_before_return,
 }
 
 

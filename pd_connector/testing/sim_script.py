@@ -61,6 +61,10 @@ class Rules:
     fence_time: float = 0.05
     death_noticed: float = 1.0
     """How likely somebody's control connection to a process that died breaks visibly."""
+    slots: int = 0
+    """Staging slots of every owner that all reads pass through; 0: they read where the blocks lie."""
+    slot_hold: float = 15.0
+    """Seconds until a slot that was not given back is taken back."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -170,7 +174,7 @@ class Script:
 def write_script(seed: int) -> Script:
     rng = random.Random(f"{seed}/script")
     calm = rng.random() < 0.12
-    rules = _calm_rules(rng) if calm else _rules(rng)
+    rules = _staged(seed, _calm_rules(rng) if calm else _rules(rng))
     ops: list[Op] = []
     if not calm and rng.random() < 0.25:
         rules = _confusable(rng, rules)
@@ -203,6 +207,16 @@ def simpler(op: Op) -> Iterator[Op]:
     for group, count in enumerate(op.blocks):
         if count > 1:
             yield replace(op, blocks=(*op.blocks[:group], count - 1, *op.blocks[group + 1 :]))
+
+
+def _staged(seed: int, rules: Rules) -> Rules:
+    """Some owners' memory cannot be reached over the wire. Drawn apart, so that all other worlds stay what they are."""
+    rng = random.Random(f"{seed}/slots")
+    if rng.random() >= 0.3:
+        return rules
+    if rules.calm:
+        return replace(rules, slots=8)
+    return replace(rules, slots=rng.choice((1, 2, 2, 4)), slot_hold=rng.choice((0.2, 2.0, 15.0)))
 
 
 def _instances(rng: random.Random) -> tuple[Instance, ...]:

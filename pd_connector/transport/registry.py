@@ -24,6 +24,10 @@ _BUILT_IN = {
     "hccl": "pd_connector.transport.hccl:HcclTransport",
     "tcp": "pd_connector.transport.native:TcpTransport",
     "zmq": "pd_connector.transport.zmq:ZmqTransport",
+    "staged-shm": "pd_connector.transport.staged:StagedShm",
+    "staged-verbs": "pd_connector.transport.staged:StagedVerbs",
+    "staged-tcp": "pd_connector.transport.staged:StagedTcp",
+    "staged-zmq": "pd_connector.transport.staged:StagedZmq",
 }
 
 

@@ -43,39 +43,39 @@ class Slice:
     patterns: tuple[Pattern, ...] = ()
 
 
-def comes_as_span(pattern: Pattern) -> bool:
-    return bool(pattern.dims) and pattern.run_bytes < DIRECT_BYTES and pattern.src_span <= SLICE_BYTES
+def comes_as_span(pattern: Pattern, most: int = SLICE_BYTES) -> bool:
+    return bool(pattern.dims) and pattern.run_bytes < DIRECT_BYTES and pattern.src_span <= most
 
 
-def stream_bytes(plan: CopyPlan) -> int:
+def stream_bytes(plan: CopyPlan, most: int = SLICE_BYTES) -> int:
     """Bytes of all slices of a plan."""
-    return plan.num_blocks * sum(p.src_span if comes_as_span(p) else p.num_bytes for p in plan.patterns)
+    return plan.num_blocks * sum(p.src_span if comes_as_span(p, most) else p.num_bytes for p in plan.patterns)
 
 
-def cut(plan: CopyPlan) -> Iterator[Slice]:
-    """Slices within the three bounds above, in pattern order, lazily."""
+def cut(plan: CopyPlan, most: int = SLICE_BYTES) -> Iterator[Slice]:
+    """Slices of at most ``most`` bytes and within the other two bounds above, in pattern order, lazily."""
     src, dst = plan.blocks(0), plan.blocks(1)
     if not len(src):
         return
-    for spans, patterns in itertools.groupby(plan.patterns, comes_as_span):
+    for spans, patterns in itertools.groupby(plan.patterns, lambda pattern: comes_as_span(pattern, most)):
         some = tuple(patterns)
         if spans:
             src_parts = tuple((p.src_grid, p.src_offset, p.src_span) for p in some)
-            for pieces, parts in _cut_parts(len(src), src_parts):
+            for pieces, parts in _cut_parts(len(src), src_parts, most):
                 size = len(src[pieces]) * sum(size for _, _, size in src_parts[parts])
                 yield Slice(src[pieces], dst[pieces], src_parts[parts], (), size, some[parts])
         else:
-            yield from _cut_runs(src, dst, some)
+            yield from _cut_runs(src, dst, some, most)
 
 
-def _cut_runs(src: Blocks, dst: Blocks, patterns: Sequence[Pattern]) -> Iterator[Slice]:
+def _cut_runs(src: Blocks, dst: Blocks, patterns: Sequence[Pattern], most: int) -> Iterator[Slice]:
     places = [(p, place) for p in patterns for place in _places(p)]
     src_parts = tuple((p.src_grid, p.src_offset + at, p.run_bytes) for p, (at, _) in places)
     dst_parts = tuple((p.dst_grid, p.dst_offset + at, p.run_bytes) for p, (_, at) in places)
-    for pieces, parts in _cut_parts(len(src), src_parts):
+    for pieces, parts in _cut_parts(len(src), src_parts, most):
         a, b = src_parts[parts], dst_parts[parts]
-        if a[0][2] > SLICE_BYTES:
-            yield from _cut_blocks(src[pieces], dst[pieces], a[0], b[0])
+        if a[0][2] > most:
+            yield from _cut_blocks(src[pieces], dst[pieces], a[0], b[0], most)
         else:
             yield Slice(src[pieces], dst[pieces], a, b, len(src[pieces]) * sum(size for _, _, size in a))
 
@@ -88,12 +88,12 @@ def _places(pattern: Pattern) -> list[tuple[int, int]]:
     return out
 
 
-def _cut_parts(blocks: int, parts: Sequence[Part]) -> Iterator[tuple[slice, slice]]:
+def _cut_parts(blocks: int, parts: Sequence[Part], most_bytes: int) -> Iterator[tuple[slice, slice]]:
     """(some of the blocks, some of the parts) of each slice; a part that exceeds one is alone, with all blocks."""
     index = 0
     while index < len(parts):
         size = parts[index][2]
-        fit = min(SLICE_BYTES // size, SLICE_CHUNKS)  # blocks of this part in one slice
+        fit = min(most_bytes // size, SLICE_CHUNKS)  # blocks of this part in one slice
         if fit == 0:
             yield slice(0, blocks), slice(index, index + 1)
             index += 1
@@ -104,18 +104,18 @@ def _cut_parts(blocks: int, parts: Sequence[Part]) -> Iterator[tuple[slice, slic
         else:
             stop, total = index, 0
             most = index + min(SLICE_PARTS, SLICE_CHUNKS // blocks)
-            while stop < min(len(parts), most) and total + blocks * parts[stop][2] <= SLICE_BYTES:
+            while stop < min(len(parts), most) and total + blocks * parts[stop][2] <= most_bytes:
                 total += blocks * parts[stop][2]
                 stop += 1
             yield slice(0, blocks), slice(index, stop)
             index = stop
 
 
-def _cut_blocks(src: Blocks, dst: Blocks, src_part: Part, dst_part: Part) -> Iterator[Slice]:
+def _cut_blocks(src: Blocks, dst: Blocks, src_part: Part, dst_part: Part, most: int) -> Iterator[Slice]:
     """A part so large that one block of it takes several slices."""
     for at in range(len(src)):
-        for offset in range(0, src_part[2], SLICE_BYTES):
-            size = min(SLICE_BYTES, src_part[2] - offset)
+        for offset in range(0, src_part[2], most):
+            size = min(most, src_part[2] - offset)
             source = (src_part[0], src_part[1] + offset, size)
             target = (dst_part[0], dst_part[1] + offset, size)
             yield Slice(src[at : at + 1], dst[at : at + 1], (source,), (target,), size)

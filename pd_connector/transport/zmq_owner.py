@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import zmq
 
-from pd_connector.errors import RemoteProtocolError, TransportUnavailable
+from pd_connector.errors import RemoteProtocolError
 from pd_connector.transport.grants import Grants
 from pd_connector.transport.hostmem import HostMemory
+from pd_connector.transport.zmq_sockets import listen
 from pd_connector.transport.zmq_wire import (
     MAX_DETAIL,
     MAX_REQUEST_FRAME,
@@ -30,8 +31,6 @@ from pd_connector.transport.zmq_wire import (
 
 log = logging.getLogger(__name__)
 
-QUEUED_REQUESTS = 64
-"""Per peer, each way; a reader keeps fewer slices in flight than that, so only a misbehaving one loses answers."""
 REQUESTS_PER_TURN = 8
 LOG_INTERVAL_S = 10.0
 
@@ -51,22 +50,7 @@ class Owner:
         }
         self._grants, self._instance = grants, instance
         self._last_line, self._unsaid = -LOG_INTERVAL_S, 0
-        self.socket = context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.IPV6, 1)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_FRAME)
-        self.socket.setsockopt(zmq.RCVHWM, QUEUED_REQUESTS)
-        self.socket.setsockopt(zmq.SNDHWM, QUEUED_REQUESTS)
-        set_heartbeat(self.socket)
-        try:
-            self.socket.bind(bind)
-        except zmq.ZMQError as error:
-            self.socket.close()
-            raise TransportUnavailable(
-                "zmq", f"cannot listen at {bind}: {error}; choose another 'host' or 'port' (0 picks a free port)"
-            ) from error
-        self.port = int(self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self.socket, self.port = listen(context, "zmq", bind, MAX_REQUEST_FRAME)
 
     def serve(self) -> None:
         """Answer a bounded number of waiting requests."""
@@ -128,9 +112,3 @@ class Owner:
             return
         log.warning("zmq transport: ignored a malformed request (%s); %d more since the last line", error, self._unsaid)
         self._last_line, self._unsaid = now, 0
-
-
-def set_heartbeat(socket: zmq.Socket[bytes]) -> None:
-    """A peer whose host vanished sends no FIN: notice within HEARTBEAT_TIMEOUT."""
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)

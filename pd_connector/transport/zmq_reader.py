@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.plan import CopyPlan
@@ -23,7 +22,7 @@ from pd_connector.transport.base import LeaseId, PeerId, Status
 from pd_connector.transport.hostmem import Buffer, HostMemory
 from pd_connector.transport.slices import Slice, cut, stream_bytes
 from pd_connector.transport.tags import TagBook
-from pd_connector.transport.zmq_owner import set_heartbeat
+from pd_connector.transport.zmq_sockets import dial, hang_up, is_lost
 from pd_connector.transport.zmq_wire import (
     MAX_ANSWER_FRAME,
     Answer,
@@ -44,13 +43,6 @@ WINDOW_SLICES = 32
 """In flight per peer. The bytes bound what libzmq may buffer; they are few, so that what it received is still in the
 caches when it is copied on. The count keeps many small slices below libzmq's queue."""
 
-_LOST = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
 _STATUS = {Code.NOT_GRANTED: Status.NOT_GRANTED, Code.REFUSED: Status.ERROR}
 
 
@@ -235,11 +227,7 @@ class Reader:
             self._end(read, Status.DONE, "")
 
     def _on_monitor(self, peer: _Peer, link: _Link) -> None:
-        try:
-            event = recv_monitor_message(link.monitor, zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        if event["event"] & _LOST == 0:
+        if not is_lost(link.monitor):
             return
         if peer.connect_tag is None and not link.pending and not peer.queues:
             self._close_link(peer)  # nobody was reading: the next read opens another, and fails if nobody answers
@@ -279,34 +267,18 @@ class Reader:
 
     def _open(self, peer: _Peer) -> _Link | None:
         try:
-            link = self._dial(peer.where.endpoint)
+            socket, monitor = dial(self._context, peer.where.endpoint, MAX_ANSWER_FRAME)
         except zmq.ZMQError as error:
             remedy = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
             detail = f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}{remedy}"
             self._lose(peer, Status.PEER_LOST, detail)
             return None
-        peer.link = link
+        link = peer.link = _Link(socket, monitor, secrets.token_bytes(16))
         self._handlers[link.socket] = lambda: self._guard(self._on_answer, peer, link)
         self._handlers[link.monitor] = lambda: self._guard(self._on_monitor, peer, link)
         self._poller.register(link.socket, zmq.POLLIN)
         self._poller.register(link.monitor, zmq.POLLIN)
         return link
-
-    def _dial(self, endpoint: str) -> _Link:
-        socket = self._context.socket(zmq.DEALER)
-        try:
-            socket.setsockopt(zmq.IPV6, 1)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.RECONNECT_IVL, -1)
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_FRAME)
-            set_heartbeat(socket)
-            monitor = socket.get_monitor_socket(_LOST)
-            socket.connect(endpoint)
-        except zmq.ZMQError:
-            socket.disable_monitor()
-            socket.close(linger=0)
-            raise
-        return _Link(socket, monitor, secrets.token_bytes(16))
 
     def _close_link(self, peer: _Peer) -> None:
         link, peer.link = peer.link, None
@@ -315,9 +287,7 @@ class Reader:
         for socket in (link.socket, link.monitor):
             self._poller.unregister(socket)
             del self._handlers[socket]
-        link.socket.disable_monitor()
-        link.monitor.close(linger=0)
-        link.socket.close(linger=0)
+        hang_up(link.socket, link.monitor)
 
 
 def _rest(socket: zmq.Socket[bytes], head: zmq.Frame) -> Iterator[Buffer]:

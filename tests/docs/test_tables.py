@@ -22,9 +22,10 @@ from pd_connector.protocol.params import KEY, to_params
 from pd_connector.protocol.ticket import Ticket
 from pd_connector.router.metrics import RouterMetrics
 from pd_connector.router.settings import RouterSettings
-from pd_connector.transport import zmq_wire
+from pd_connector.transport import staged_wire, zmq_wire
 from pd_connector.transport.native import NativeOptions, TcpOptions
 from pd_connector.transport.options import Listening
+from pd_connector.transport.staged import StagedOptions
 from pd_connector.transport.verbs import VerbsOptions
 
 WIRE, CONFIGURATION, OPERATIONS = (f"docs/{name}.md" for name in ("wire_protocol", "configuration", "operations"))
@@ -78,6 +79,18 @@ def test_fields_of_a_structure(name: str) -> None:
 @pytest.mark.parametrize("name", ["Ping", "Read", "Pong", "Answer"])
 def test_tag_of_a_zmq_message(name: str) -> None:
     assert f"Tag {ZMQ[name].__struct_config__.tag}," in section(read(WIRE), name)
+
+
+def test_messages_of_the_staged_transports() -> None:
+    kinds = [staged_wire.Ping, staged_wire.Fill, staged_wire.Return, *get_args(staged_wire.ToReader)]
+    told = [(k.__name__, k.__struct_config__.tag, ", ".join(k.__struct_fields__)) for k in kinds]
+    text = section(read(WIRE), "The staged transports")
+    rows = [row.values() for row in tables(text)[0]]
+    assert [(name, int(tag), names.replace("`", "")) for name, tag, _, names in rows] == told
+    assert all(f"`{name}`" in text for name in staged_wire.Where.__struct_fields__)
+    assert f"`version` (now {staged_wire.VERSION})" in text
+    assert (staged_wire.MAX_REQUEST_FRAME, staged_wire.MAX_ANSWER_FRAME) == (33 << 10, 1 << 10)
+    assert all(f"{int(code)} (" in text for code in staged_wire.Code)
 
 
 def test_list_of_messages() -> None:
@@ -144,6 +157,10 @@ def test_options_of_the_tcp_transport() -> None:
 
 def test_options_of_the_verbs_transport() -> None:
     assert documented(table(read(CONFIGURATION), "Options of the verbs transport")) == defaults(VerbsOptions)
+
+
+def test_options_of_the_staged_transports() -> None:
+    assert documented(table(read(CONFIGURATION), "Options of the staged transports")) == defaults(StagedOptions)
 
 
 def test_options_of_the_shm_transport() -> None:

@@ -1,6 +1,7 @@
 /* The native data plane without Python, for the sanitizers: every copier, and reads over a backend with everything that
  * can happen to them, many at once. Every byte that was promised is compared. */
 
+#include "../../csrc/device.h"
 #include "../../csrc/pd.h"
 #include "../../csrc/verbs.h"
 
@@ -46,6 +47,49 @@ static void copiers(void)
                 for (size_t k = 0; k < sizeof to; k++)
                     assert((k >= 100 + shift && k < 100 + shift + bytes) || !to[k]);
             }
+}
+
+enum { MOVES = 100, MOVED = 5000, MOVERS = 4 };
+
+/* Bytes out to a device and back in another order, as others do at the same time on the same one. */
+static void *mover(void *argument)
+{
+    pd_device *device = argument;
+    unsigned char *from = calloc(MOVES, MOVED), *to = calloc(MOVES, MOVED);
+    uint64_t there;
+    assert(from && to && !pd_device_alloc(device, MOVES * MOVED, &there));
+    assert(!pd_device_pin(device, (uint64_t)(uintptr_t)from, MOVES * MOVED));
+    pd_move out[MOVES], back[MOVES];
+    for (uint64_t i = 0; i < MOVES; i++) {
+        uint64_t there_at = there + (MOVES - 1 - i) * MOVED;
+        out[i] = (pd_move){there_at, (uint64_t)(uintptr_t)from + i * MOVED, MOVED};
+        back[i] = (pd_move){(uint64_t)(uintptr_t)to + i * MOVED, there_at, MOVED};
+    }
+    for (uint64_t at = 0; at < MOVES * MOVED; at++)
+        from[at] = byte_of(at + there);
+    assert(!pd_device_move(device, out, MOVES, PD_TO_DEVICE) && !pd_device_move(device, back, MOVES, PD_TO_HOST));
+    assert(!memcmp(from, to, MOVES * MOVED));
+    pd_device_unpin(device, (uint64_t)(uintptr_t)from);
+    pd_device_release(device, there);
+    free(from);
+    free(to);
+    return NULL;
+}
+
+static void devices(void)
+{
+    pd_device *device = NULL;
+    uint64_t at;
+    assert(pd_device_probe("none") < 0 && pd_device_open("cpu", 9, &device) < 0 && !device);
+    assert(!pd_device_probe("cpu") && !pd_device_open("cpu", -1, &device));
+    assert(pd_device_alloc(device, 0, &at) < 0 && pd_device_pin(device, 0, 1) < 0);
+    assert(!pd_device_move(device, NULL, 0, PD_ON_DEVICE));
+    pthread_t threads[MOVERS];
+    for (int i = 0; i < MOVERS; i++)
+        assert(!pthread_create(&threads[i], NULL, mover, device));
+    for (int i = 0; i < MOVERS; i++)
+        pthread_join(threads[i], NULL);
+    pd_device_close(device);
 }
 
 typedef struct {
@@ -311,6 +355,7 @@ int main(int count, char **words)
     } rounds[] = {{"foreign", "shm", true}, {"pooled", "shm", true}, {"tcp", "tcp", true}, {"verbs", "verbs", false},
                   {"verbs-write", "verbs", false}};
     copiers();
+    devices();
     for (size_t round = 0; round < sizeof rounds / sizeof *rounds; round++) {
         bool named = count == 1 && rounds[round].unnamed;
         for (int i = 1; i < count; i++)
