@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const pd_device_kind *const kinds[] = {&pd_cpu};
+static const pd_device_kind *const kinds[] = {&pd_cpu, &pd_acl};
 
 struct pd_device {
     const pd_device_kind *kind;
@@ -31,6 +31,12 @@ int pd_device_probe(const char *name)
 {
     const pd_device_kind *found = find(name);
     return !found ? -ENOENT : found->probe ? found->probe() : 0;
+}
+
+int pd_device_index(const char *name, uint64_t at)
+{
+    const pd_device_kind *found = find(name);
+    return !found ? -1 : found->index_of ? found->index_of(pointer(at)) : 0;
 }
 
 int pd_device_open(const char *name, int index, pd_device **out)

@@ -54,4 +54,13 @@ static int move(void *own, const pd_move *moves, size_t count, pd_direction whic
     return 0;
 }
 
-const pd_device_kind pd_cpu = {"cpu", NULL, open_, close_, alloc, release, pin, unpin, move};
+const pd_device_kind pd_cpu = {
+    .name = "cpu",
+    .open = open_,
+    .close = close_,
+    .alloc = alloc,
+    .release = release,
+    .pin = pin,
+    .unpin = unpin,
+    .move = move,
+};

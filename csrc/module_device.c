@@ -17,6 +17,14 @@ static PyObject *probe(PyObject *self, PyObject *name)
     return ask(pd_device_probe, name);
 }
 
+static PyObject *index_(PyObject *self, PyObject *args)
+{
+    (void)self;
+    const char *name;
+    unsigned long long at;
+    return PyArg_ParseTuple(args, "sK:device_index", &name, &at) ? PyLong_FromLong(pd_device_index(name, at)) : NULL;
+}
+
 static PyObject *open_(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -129,6 +137,7 @@ static PyObject *move(PyObject *self, PyObject *args)
 
 PyMethodDef device_methods[] = {
     {"device_probe", probe, METH_O, "device_probe(kind) -> why there is none here, or None"},
+    {"device_index", index_, METH_VARARGS, "device_index(kind, address) -> of the one that memory lies on, or -1"},
     {"device_open", open_, METH_VARARGS, "device_open(kind, index, -1: the current one) -> handle"},
     {"device_close", close_, METH_O, "device_close(handle)"},
     {"device_alloc", alloc, METH_VARARGS, "device_alloc(handle, bytes) -> address"},

@@ -42,6 +42,12 @@ def why_no_device(kind: MemoryKind) -> str | None:
     return reason
 
 
+def index_of(kind: MemoryKind, address: int) -> int:
+    """The device of this kind that memory lies on, CURRENT if that cannot be told."""
+    index: int = require(_NAMES[kind]).device_index(_NAMES[kind], address)
+    return index
+
+
 class Device:
     """Raises TransportUnavailable when there is none. Thread-safe; what C refuses is a LocalProtocolError."""
 

@@ -19,7 +19,7 @@ from pd_connector.errors import ConfigError, PDError, RemoteProtocolError, Trans
 from pd_connector.memory import MemoryKind, Region
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import LeaseId, PeerId, Scope, Status, Traits
-from pd_connector.transport.device import CURRENT, Device, Direction
+from pd_connector.transport.device import Device, Direction, index_of
 from pd_connector.transport.device_memory import DeviceMemory
 from pd_connector.transport.grants import check_claim
 from pd_connector.transport.mover import Mover
@@ -47,13 +47,11 @@ _abandoned: list[object] = []
 
 class StagedOptions(Listening, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Listening is that of the control messages. ``inner`` are the options of the transport that carries the bytes;
-    ``slots`` of ``slot_bytes`` to serve from, and as many to read into; ``device`` is the index of the one that
-    registered memory lies on (-1: the current one of the thread that registers it)."""
+    ``slots`` of ``slot_bytes`` to serve from, and as many to read into."""
 
     inner: dict[str, Any] = field(default_factory=dict)
     slots: Annotated[int, Meta(ge=1, le=MAX_SLOTS // 2)] = 8
     slot_bytes: Annotated[int, Meta(ge=4096, le=MAX_SLOT_BYTES)] = 4 << 20
-    device: Annotated[int, Meta(ge=CURRENT)] = CURRENT
 
 
 class StagedTransport(ThreadedTransport):
@@ -117,16 +115,16 @@ class StagedTransport(ThreadedTransport):
         """Raises TransportUnavailable where there is no device for such memory."""
         self._check()
         memory = DeviceMemory(regions)
-        device = None if memory.kind is None else self._device(memory.kind)
+        device = None if memory.kind is None else self._device(memory.kind, regions[0].address)
         self._exposed = self._owner.exposed = Exposed(memory, device)
 
     def unregister(self) -> None:
         self.register(())
 
-    def _device(self, kind: MemoryKind) -> Device:
+    def _device(self, kind: MemoryKind, address: int) -> Device:
         with self._lock:
             if kind not in self._devices:
-                device = Device(kind, self._options.device)
+                device = Device(kind, index_of(kind, address))
                 try:
                     device.pin(self._pool.region.address, self._pool.region.length)
                 except PDError:

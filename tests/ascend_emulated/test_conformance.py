@@ -9,6 +9,7 @@ from pd_connector.testing.conformance import ProcessConformance, TransportConfor
 from pd_connector.transport.base import Transport
 from pd_connector.transport.hccl import HcclTransport
 from pd_connector.transport.hixl import HixlTransport
+from pd_connector.transport.staged import StagedShm, StagedTcp
 
 from .device import NPU
 
@@ -43,3 +44,18 @@ class TestHcclBetweenProcesses(ProcessConformance):
 
     def make(self, agent: str) -> Transport:
         return HcclTransport(agent, {})
+
+
+class TestStagedOverTcp(TransportConformance):
+    memory = target_memory = NPU
+
+    def make(self, agent: str) -> Transport:
+        return StagedTcp(agent, {})
+
+
+class TestStagedOverShmBetweenProcesses(ProcessConformance):
+    owner_spec = ("staged-shm", {})
+    memory = target_memory = NPU
+
+    def make(self, agent: str) -> Transport:
+        return StagedShm(agent, {})
