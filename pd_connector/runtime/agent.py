@@ -16,7 +16,7 @@ from msgspec.structs import replace as replace_fields
 from pd_connector.config import Config
 from pd_connector.errors import LocalProtocolError, PeerLost
 from pd_connector.layout import KVLayout
-from pd_connector.memory import MemoryKind, Region, order_grids
+from pd_connector.memory import Region, order_grids
 from pd_connector.protocol import events as ev
 from pd_connector.protocol.context import Identity, Limits
 from pd_connector.protocol.core import Core
@@ -36,6 +36,7 @@ from pd_connector.runtime.outcome import patiently, stats_of
 from pd_connector.runtime.planner import Planner
 from pd_connector.runtime.pulls import Order, Pulls
 from pd_connector.runtime.side_channel import SideChannel
+from pd_connector.runtime.windows import Windows
 from pd_connector.tensors import check_layout, describe_grids, to_regions
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class Agent:
         check_layout(layout, grids)
         self._pulls.planner = Planner(grids, layout)
         self._read_only = next((str(region) for region in regions if not region.writable), "")
-        self._driver.views = [region.view() for region in regions if region.kind is MemoryKind.HOST]
+        self._driver.windows = Windows(regions)
         for region in regions:
             self._populator.submit(region.populate, lambda: not self._closing)
         self._courier = self._driver.courier = Courier(self.config, self.name, regions, self._loop, self._feed)

@@ -58,7 +58,9 @@ class Courier:
         self._connecting: dict[int, _Attempt] = {}
         self._peers: dict[str, str] = {}
         self.reasons: dict[str, dict[str, str]] = {}
-        self._transports, missing = registry.start(config.transport, agent, transport_options(config))
+        self._transports, missing = registry.start(
+            config.transport, agent, transport_options(config), frozenset(region.kind for region in regions)
+        )
         missing |= self._register(regions, optional=config.transport == "auto")
         without = "; ".join(f"{name} is not: {why}" for name, why in missing.items())
         logger.info("transports %s are served%s", ", ".join(self._transports), f" ({without})" if without else "")
@@ -206,7 +208,14 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     """Options per transport: what the agent's own address implies, under what ``transport_options`` says."""
     local = {"cpus": list(config.io_cpus)}
     network = {"host": config.host, "advertise": advertised_host(config), **local}
-    implied: dict[str, dict[str, Any]] = {"shm": local, "verbs": network, "tcp": network, "zmq": network}
-    implied |= {f"staged-{inner}": network for inner in implied}
+    implied: dict[str, dict[str, Any]] = {
+        "shm": local,
+        "verbs": network,
+        "tcp": network,
+        "zmq": network,
+        "hixl": network,
+        "hccl": network,
+    }
+    implied |= dict.fromkeys(registry.STAGED, network)
     given = config.transport_options
     return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}

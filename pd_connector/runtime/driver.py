@@ -15,6 +15,7 @@ from pd_connector.protocol.core import Core
 from pd_connector.runtime.courier import Courier
 from pd_connector.runtime.digest import digest_blocks
 from pd_connector.runtime.side_channel import SideChannel
+from pd_connector.runtime.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Driver:
     ) -> None:
         self.core = core
         self.courier: Courier | None = None
-        self.views: list[memoryview] = []
+        self.windows = Windows()
         self.grids: tuple[GridRef, ...] = ()
         self.failures: Counter[str] = Counter()
         self._side_channel, self._note, self._refused = side_channel, note, refused
@@ -54,7 +55,7 @@ class Driver:
         if self._tick is not None:
             self._tick.cancel()
         await self._loop.run_in_executor(None, self._background.shutdown)
-        self.views.clear()
+        self.windows.close()
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ class Driver:
                     self.courier.carry_out(command, self.core.new_id)
 
     async def _digest(self, command: ev.DigestBlocks) -> None:
-        args = (self.views, self.grids, command.sides)
+        args = (self.windows, self.grids, command.sides)
         try:
             digests: bytes | None = await self._loop.run_in_executor(self._background, digest_blocks, *args)
         except Exception as error:  # whatever it is, whoever asked must get an answer

@@ -71,6 +71,8 @@ class Transport(ABC):
     traits: ClassVar[Traits]
     attempt_s: ClassVar[float] = 2.0
     """For a connection, while there is another transport to go to: the session gives HELLO and all of them 5 s."""
+    for_devices: ClassVar[bool] = False
+    """Whether host memory has better ones: then it is not started for it, unless a device's is there too."""
     instead_of: ClassVar[str] = ""
     """A transport beside which ``auto`` has no need of this one."""
 

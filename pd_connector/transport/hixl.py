@@ -35,6 +35,7 @@ class HixlTransport(NativeTransport):
     name: ClassVar[str] = "hixl"
     backend: ClassVar[str] = "hixl"
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.NPU, MemoryKind.HOST}), Scope.NETWORK)
+    for_devices: ClassVar[bool] = True
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:

@@ -10,11 +10,14 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from pd_connector.errors import ConfigError, PDError, TransportUnavailable
+from pd_connector.memory import MemoryKind
 from pd_connector.transport.base import Transport
 
 ENTRY_POINTS = "pd_connector.transports"
 ORDER = ("inproc", "shm", "verbs", "hixl", "hccl", "tcp", "zmq")
 """Best first; ``auto`` starts those of them that exist. A transport outside this list is used when it is named."""
+STAGED = ("staged-shm", "staged-verbs", "staged-tcp", "staged-zmq")
+"""The same for memory that the wires of others do not reach, behind those that do."""
 
 _BUILT_IN = {
     "inproc": "pd_connector.transport.inproc:InprocTransport",
@@ -68,9 +71,13 @@ def available(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]
 
 
 def start(
-    wanted: str | Sequence[str], agent: str, options: Mapping[str, Mapping[str, Any]]
+    wanted: str | Sequence[str],
+    agent: str,
+    options: Mapping[str, Mapping[str, Any]],
+    kinds: frozenset[MemoryKind] = frozenset({MemoryKind.HOST}),
 ) -> tuple[dict[str, Transport], dict[str, str]]:
-    """Start ``"auto"`` or the named transports: (started by wire name, in order of preference; reasons of the rest).
+    """Start ``"auto"`` or the named transports, for memory of these kinds: (started by wire name, in order of
+    preference; reasons of the rest).
 
     Raises ConfigError for an unknown name (of an option too) or two transports that share a wire name,
     TransportUnavailable when one that is named or should work here does not start, or when none works here. Nothing
@@ -79,21 +86,23 @@ def start(
     for name in options:
         load(name)
     automatic = wanted == "auto"
-    names = [name for name in ORDER if name in known()] if automatic else _named(wanted)
+    names = _automatic(kinds) if automatic else _named(wanted)
     started: dict[str, Transport] = {}
     reasons: dict[str, str] = {}
     try:
         for name in names:
             kind, given = load(name), options.get(name, {})
-            reason = kind.probe(given)
-            if reason is None and automatic and kind.instead_of in started:
-                reason = f"{kind.instead_of} is used here"
+            reason = (_unwanted(kind, kinds, started) if automatic else None) or kind.probe(given)
             if reason is not None:
                 if not automatic:
                     raise TransportUnavailable(name, reason)
                 reasons[name] = reason
                 continue
             transport = kind(agent, given)
+            if missing := kinds - transport.traits.memory:
+                transport.close()
+                staged = f"staged-{name}" if f"staged-{name}" in known() else "a staged one"
+                raise TransportUnavailable(name, f"{_beyond(missing)}: name {staged}, or leave the choice to 'auto'")
             if transport.wire_name in started:
                 transport.close()
                 raise ConfigError(f"two transports serve {transport.wire_name!r}: remove one of {', '.join(names)}")
@@ -105,6 +114,24 @@ def start(
             transport.close()
         raise
     return started, reasons
+
+
+def _automatic(kinds: frozenset[MemoryKind]) -> list[str]:
+    names = ORDER if kinds <= {MemoryKind.HOST} else (*ORDER, *STAGED)
+    return [name for name in names if name in known()]
+
+
+def _unwanted(kind: type[Transport], kinds: frozenset[MemoryKind], started: Mapping[str, Transport]) -> str | None:
+    """Why ``auto`` has no use for a transport beside what is started already, or None."""
+    if missing := kinds - kind.traits.memory:
+        return _beyond(missing)
+    if kinds <= {MemoryKind.HOST} and kind.for_devices:
+        return "there is no memory of a device"
+    return f"{kind.instead_of} is used here" if kind.instead_of in started else None
+
+
+def _beyond(missing: frozenset[MemoryKind]) -> str:
+    return f"it does not reach {' and '.join(sorted(missing))} memory"
 
 
 def choose(

@@ -244,4 +244,5 @@ class StagedTcp(StagedTransport):
 class StagedZmq(StagedTransport):
     name: ClassVar[str] = "staged-zmq"
     inner_name: ClassVar[str] = "zmq"
+    instead_of: ClassVar[str] = "staged-tcp"
     traits: ClassVar[Traits] = Traits(frozenset(MemoryKind), Scope.NETWORK)
