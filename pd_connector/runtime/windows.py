@@ -44,6 +44,8 @@ class Windows:
         return device, copy
 
     def close(self) -> None:
-        for device in self._devices.values():
+        for key, device in self._devices.items():
+            if key in self._copies:
+                device.unpin(self._copies[key].address)
             device.close()
         self._regions, self._devices, self._copies = (), {}, {}
