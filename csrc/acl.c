@@ -60,6 +60,18 @@ int acl_device_of(const void *at)
     return acl.aclrtPointerGetAttributes(at, &found) || found.location.type != ACL_LOCATION_DEVICE ? -1 : (int)found.location.id;
 }
 
+int acl_device_of_region(const pd_region *region)
+{
+    if (!(region->flags & PD_OF_DEVICE))
+        return -1;
+    int found = region->device >= 0 ? region->device : acl_device_of((const void *)(uintptr_t)region->address);
+    if (found >= 0)
+        return found;
+    pd_fail(EINVAL, "AscendCL does not say which device memory at %#llx is of: give the region its device",
+            (unsigned long long)region->address);
+    return -2;
+}
+
 void *acl_context(int device)
 {
     void *context = NULL;

@@ -67,6 +67,8 @@ int acl_load(void); /* 0, or a negative errno after pd_fail */
 int acl_failed(const char *what, acl_error error);
 /* The device that memory lies on; -1: it is the host's. */
 int acl_device_of(const void *at);
+/* The same of a region. -2 after pd_fail: it is of a device, but of which one cannot be told. */
+int acl_device_of_region(const pd_region *region);
 /* The context of a device, made the calling thread's; NULL after pd_fail. */
 void *acl_context(int device);
 /* The calling thread works in this context from now on. 0, or negative after pd_fail. */

@@ -12,6 +12,7 @@
 #include "dl.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,7 +20,7 @@
 
 static const char magic[8] = "PDHCCL1";
 
-enum { ITEMS = 64, HCCL_OWNER = 0, HCCL_READER = 1, HCCL_SEND = 0, HCCL_RECEIVE = 1, HCCL_BYTES = 7 };
+enum { ITEMS = 64, HCCL_OWNER = 0, HCCL_READER = 1, HCCL_SEND = 0, HCCL_RECEIVE = 1, HCCL_BYTES = 7, LOOK_MS = 20, BEGIN_MS = 30000 };
 
 /* --- the library: our own declarations of its public C interface -------------------------------------------------- */
 
@@ -120,7 +121,56 @@ static void pair_end(pair *each)
     each->stream = NULL;
 }
 
-static bool pair_begin(pair *each, uint32_t rank)
+/* HCCL waits minutes for a rank that does not come, and cannot be told to stop: a thread waits for HCCL, and we for the
+ * thread as long as the other side is there. One that was left alone ends what it gets, whenever that is. */
+typedef struct {
+    _Atomic int refs;
+    atomic_bool over;
+    void *context;
+    hccl_root root;
+    uint32_t rank;
+    void *comm;
+    int result;
+} beginning;
+
+static void beginning_unref(beginning *each)
+{
+    if (atomic_fetch_sub(&each->refs, 1) == 1) {
+        if (each->comm && !acl_enter(each->context))
+            hccl_library.HcclCommDestroy(each->comm);
+        free(each);
+    }
+}
+
+static void *run_beginning(void *argument)
+{
+    beginning *each = argument;
+    if (acl_enter(each->context))
+        each->result = -1;
+    else
+        each->result = hccl_library.HcclCommInitRootInfo(2, &each->root, each->rank, &each->comm);
+    atomic_store(&each->over, true);
+    beginning_unref(each);
+    return NULL;
+}
+
+/* Until the thread is over; false after pd_fail: the other side is gone, or it takes too long. */
+static bool wait_for(const hccl *all, beginning *each, int fd)
+{
+    struct pollfd other = {fd, POLLRDHUP, 0};
+    int64_t end = net_now_ms() + BEGIN_MS;
+    while (!atomic_load(&each->over)) {
+        if (poll(&other, 1, LOOK_MS) > 0)
+            return pd_fail(EPIPE, "no communicator: the other side gave up"), false;
+        if (pd_closing(all->core) || net_now_ms() >= end)
+            return pd_fail(ETIMEDOUT, "no communicator within %d s", BEGIN_MS / 1000), false;
+    }
+    if (each->result)
+        each->result < 0 ? pd_fail(EIO, "no communicator: its thread has no device") : failed("no communicator", each->result);
+    return !each->result;
+}
+
+static bool pair_begin(pair *each, uint32_t rank, int fd)
 {
     void *context = context_of(each->all);
     if (!context)
@@ -130,10 +180,22 @@ static bool pair_begin(pair *each, uint32_t rank)
     acl_error error = acl.aclrtCreateStream(&each->stream);
     if (error)
         return acl_failed("no stream", error), false;
-    int result = hccl_library.HcclCommInitRootInfo(2, &each->root, rank, &each->comm);
-    if (result)
-        failed("no communicator", result);
-    return !result;
+    beginning *made = calloc(1, sizeof *made);
+    if (!made)
+        return pd_fail(ENOMEM, "no memory"), false;
+    *made = (beginning){.refs = 2, .context = context, .root = each->root, .rank = rank};
+    pthread_t thread;
+    int refused = pd_start(&thread, run_beginning, made);
+    if (refused) {
+        free(made);
+        return pd_fail(refused, "cannot start a thread: %s", strerror(refused)), false;
+    }
+    pthread_detach(thread);
+    bool begun = wait_for(each->all, made, fd);
+    if (begun)
+        each->comm = made->comm, made->comm = NULL;
+    beginning_unref(made);
+    return begun;
 }
 
 /* All the pieces, or false after pd_fail: then the communicator is of no use any more. */
@@ -183,9 +245,9 @@ static void *owner_greet(void *own, unsigned char *extra, size_t *bytes)
     return made;
 }
 
-static bool owner_begin(void *state)
+static bool owner_begin(void *state, int fd)
 {
-    return pair_begin(state, HCCL_OWNER);
+    return pair_begin(state, HCCL_OWNER, fd);
 }
 
 static bool owner_serve(void *state, const pd_memory *memory, const pd_piece *pieces, size_t count)
@@ -241,7 +303,7 @@ static void *hccl_connect(void *own, const unsigned char *remote, size_t bytes)
     client *first = &made->asker.spare[0];
     bool told = first->extra_bytes == sizeof made->pair.root || (pd_fail(EPROTO, "it broke the protocol: no root info"), false);
     memcpy(&made->pair.root, first->extra, sizeof made->pair.root);
-    if (!told || !client_begin(first) || !pair_begin(&made->pair, HCCL_READER))
+    if (!told || !client_begin(first) || !pair_begin(&made->pair, HCCL_READER, first->fd))
         return hccl_disconnect(made), NULL;
     return made;
 }
@@ -321,9 +383,9 @@ static int hccl_publish(void *own, pd_memory *memory)
     hccl *all = own;
     int device = -1, error = 0;
     for (size_t i = 0; i < memory->num_regions; i++) {
-        device = acl_device_of((const void *)(uintptr_t)memory->regions[i].address);
+        device = acl_device_of_region(&memory->regions[i]);
         if (device < 0)
-            return pd_fail(EINVAL, "HCCL sends memory of devices only");
+            return device < -1 ? -EINVAL : pd_fail(EINVAL, "HCCL sends memory of devices only");
     }
     pthread_mutex_lock(&all->lock);
     if (!all->context && memory->num_regions) {

@@ -152,7 +152,9 @@ static int merge(const pd_memory *memory, hixl_memory *out, size_t *count, int *
     int error = 0;
     for (size_t i = 0; i < memory->num_regions && !error; i++) {
         const pd_region *region = &memory->regions[i];
-        int on = acl_device_of((const void *)(uintptr_t)region->address);
+        int on = acl_device_of_region(region);
+        if (on < -1)
+            error = -EINVAL;
         all[i] = (hixl_memory){region->address, region->length, on < 0, NULL};
         if (on >= 0 && *device >= 0 && on != *device)
             error = pd_fail(EINVAL, "memory of devices %d and %d: an agent serves one", *device, on);

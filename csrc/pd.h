@@ -37,9 +37,12 @@ typedef struct {
     int32_t fd; /* of the memfd or the dma-buf that the region lies in, or -1 */
     uint32_t flags;
     uint64_t fd_offset, fd_length; /* where in it the region starts; bytes of the whole of it */
+    int32_t device;                /* of PD_OF_DEVICE memory: its number, -1: whichever it lies on */
+    uint32_t reserved;
 } pd_region;
 
-enum { PD_READ_ONLY = 1, PD_DMA_BUF = 2 }; /* flags of a region: its pages may not be written; `fd` is a dma-buf's */
+/* Flags of a region: its pages may not be written; `fd` is a dma-buf's; it is the memory of a device. */
+enum { PD_READ_ONLY = 1, PD_DMA_BUF = 2, PD_OF_DEVICE = 4 };
 
 typedef struct { /* in canonical order */
     uint32_t region, group;

@@ -204,13 +204,13 @@ static void *run_visit(void *argument)
 {
     visit *each = argument;
     service_head head;
-    bool (*begin)(void *) = each->all->hooks->begin;
+    bool (*begin)(void *, int) = each->all->hooks->begin;
     bool goes_on = greet(each);
     while (goes_on && service_get(each->fd, &head, sizeof head, -1, NULL)) {
         if (head.kind == SERVICE_MEMORY && !head.bytes)
             goes_on = tell_memory(each);
         else if (head.kind == SERVICE_BEGIN && !head.bytes && begin)
-            goes_on = begin(each->state), begin = NULL;
+            goes_on = begin(each->state, each->fd), begin = NULL;
         else
             goes_on = head.kind == SERVICE_READ ? consider(each, head.bytes) : head.kind == SERVICE_GO && !head.bytes && go(each);
     }

@@ -46,7 +46,7 @@ typedef struct { /* how another process finds a region */
 /* What the backend does for one reader's connection, on its thread; all may be NULL. */
 typedef struct {
     void *(*greet)(void *own, unsigned char *extra, size_t *bytes); /* NULL: the reader is refused, after pd_fail */
-    bool (*begin)(void *state);                                     /* once, when the reader says so; false: hang up */
+    bool (*begin)(void *state, int fd); /* once, when the reader says so, whose connection that is; false: hang up */
     bool (*serve)(void *state, const pd_memory *memory, const pd_piece *pieces, size_t count); /* after a yes, told to go */
     void (*end)(void *state);
 } service_hooks;

@@ -36,6 +36,10 @@ _PIECE = 64 << 20
 """Bytes between two looks whether to go on; a multiple of _HUGE."""
 
 
+UNKNOWN = -1
+"""Number of a device."""
+
+
 class MemoryKind(StrEnum):
     HOST = "host"
     CUDA = "cuda"
@@ -69,7 +73,8 @@ class BlockGrid:
 class Region:
     """One contiguous range of registered memory. ``keepalive`` is whatever object owns the bytes. Memory that is not
     ``writable`` can be leased, but nothing can be pulled into it. ``dma_buf`` is a descriptor of a dma-buf that the
-    region lies in, and where in it: how devices of one host reach the memory of another."""
+    region lies in, and where in it: how devices of one host reach the memory of another. ``device`` is the number of
+    the one that memory of another kind than HOST lies on (UNKNOWN: its driver is asked)."""
 
     address: int
     length: int
@@ -78,6 +83,7 @@ class Region:
     keepalive: Any = field(default=None, repr=False)
     writable: bool = True
     dma_buf: tuple[int, int] | None = None
+    device: int = UNKNOWN
 
     def __post_init__(self) -> None:
         if self.address <= 0 or self.length <= 0:

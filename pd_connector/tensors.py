@@ -13,7 +13,7 @@ from typing import Any
 
 from pd_connector.errors import LocalProtocolError
 from pd_connector.layout import Form, GroupLayout, KVLayout, Part
-from pd_connector.memory import BlockGrid, GridRef, MemoryKind, Region
+from pd_connector.memory import UNKNOWN, BlockGrid, GridRef, MemoryKind, Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class _Described:
     kind: MemoryKind
     owner: Any
     writable: bool = True
+    device: int = UNKNOWN
 
 
 def to_regions(layers: Mapping[str, Any] | Sequence[Any], groups: Mapping[str, int] | None = None) -> list[Region]:
@@ -57,7 +58,7 @@ def _region(first: _Described, grids: Sequence[BlockGrid]) -> Region:
         before, end = min(grid.offset for grid in grids), max(grid.end for grid in grids)
         address, length = address + before, end - before
         grids = [replace(grid, offset=grid.offset - before) for grid in grids]
-    return Region(address, length, tuple(grids), first.kind, first.owner, first.writable)
+    return Region(address, length, tuple(grids), first.kind, first.owner, first.writable, device=first.device)
 
 
 def describe_grids(grids: Sequence[GridRef], *, dtype: str = "uint8") -> KVLayout:
@@ -114,6 +115,7 @@ def _describe(tensor: Any, name: str) -> _Described:
             storage=(int(storage.data_ptr()), int(storage.nbytes())),
             kind=_kind(str(tensor.device.type), name),
             owner=tensor,
+            device=UNKNOWN if tensor.device.index is None else int(tensor.device.index),
         )
     if hasattr(tensor, "__array_interface__"):
         base = tensor

@@ -209,6 +209,6 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     local = {"cpus": list(config.io_cpus)}
     network = {"host": config.host, "advertise": advertised_host(config), **local}
     wires = ("verbs", "hixl", "hccl", "tcp", "zmq", *registry.STAGED)
-    implied: dict[str, dict[str, Any]] = {"shm": local} | {name: network for name in wires}
+    implied: dict[str, dict[str, Any]] = {"shm": local} | dict.fromkeys(wires, network)
     given = config.transport_options
     return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}

@@ -26,7 +26,7 @@ class Windows:
         memory = self._regions[region]
         if memory.kind is MemoryKind.HOST:
             return np.frombuffer(memory.view(), np.uint8)[offset : offset + num_bytes]
-        key = memory.kind, index_of(memory.kind, memory.address)
+        key = memory.kind, index_of(memory)
         device, copy = self._device(key, num_bytes)
         move = np.array([[copy.address, memory.address + offset, num_bytes]], np.uint64)
         device.move(move, Direction.TO_HOST)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pd_connector.errors import LocalProtocolError, TransportUnavailable
-from pd_connector.memory import MemoryKind, native
+from pd_connector.memory import UNKNOWN, MemoryKind, Region, native
 from pd_connector.transport.native import require
 
 Moves = npt.NDArray[np.uint64]
@@ -42,9 +42,11 @@ def why_no_device(kind: MemoryKind) -> str | None:
     return reason
 
 
-def index_of(kind: MemoryKind, address: int) -> int:
-    """The device of this kind that memory lies on, CURRENT if that cannot be told."""
-    index: int = require(_NAMES[kind]).device_index(_NAMES[kind], address)
+def index_of(region: Region) -> int:
+    """The device that memory lies on, CURRENT if that cannot be told."""
+    if region.device != UNKNOWN:
+        return region.device
+    index: int = require(_NAMES[region.kind]).device_index(_NAMES[region.kind], region.address)
     return index
 
 

@@ -35,8 +35,8 @@ from pd_connector.transport.options import Listening, parse_listening, parse_opt
 logger = logging.getLogger(__name__)
 
 _STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, Status.ERROR)
-_REGION = struct.Struct("=QQiIQQ")
-_READ_ONLY, _DMA_BUF = 1, 2
+_REGION = struct.Struct("=QQiIQQiI")
+_READ_ONLY, _DMA_BUF, _OF_DEVICE = 1, 2, 4
 _GRID = struct.Struct("=IIQQQQ")
 _PATTERN = struct.Struct("=14Q")
 _ONCE = Dim(1, 0, 0)
@@ -332,12 +332,16 @@ def _pool_of(region: Region) -> Pool | None:
 
 def _pack_region(region: Region, pool: Pool | None) -> bytes:
     flags = 0 if region.writable else _READ_ONLY
+    fd, offset, whole = -1, 0, 0
+    if region.kind is not MemoryKind.HOST:
+        flags |= _OF_DEVICE
     if region.dma_buf is not None:
+        flags |= _DMA_BUF
         fd, offset = region.dma_buf
-        return _REGION.pack(region.address, region.length, fd, flags | _DMA_BUF, offset, offset + region.length)
-    if pool is None:
-        return _REGION.pack(region.address, region.length, -1, flags, 0, 0)
-    return _REGION.pack(region.address, region.length, pool.fd, flags, region.address - pool.address, len(pool))
+        whole = offset + region.length
+    elif pool is not None:
+        fd, offset, whole = pool.fd, region.address - pool.address, len(pool)
+    return _REGION.pack(region.address, region.length, fd, flags, offset, whole, region.device, 0)
 
 
 def _dims(pattern: Pattern) -> Iterator[int]:

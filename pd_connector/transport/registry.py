@@ -134,6 +134,16 @@ def _beyond(missing: frozenset[MemoryKind]) -> str:
     return f"it does not reach {' and '.join(sorted(missing))} memory"
 
 
+def staged_here(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What ``auto`` would start for host memory that peers with memory of devices read, or that reads from them."""
+    chosen: list[str] = []
+    for name in STAGED:
+        kind = load(name)
+        if kind.probe(options.get(name, {})) is None and kind.instead_of not in chosen:
+            chosen.append(name)
+    return chosen
+
+
 def choose(
     local: Mapping[str, Transport], remote: Mapping[str, bytes], preference: Sequence[str] | None = None
 ) -> tuple[str, dict[str, str]]:

@@ -115,16 +115,16 @@ class StagedTransport(ThreadedTransport):
         """Raises TransportUnavailable where there is no device for such memory."""
         self._check()
         memory = DeviceMemory(regions)
-        device = None if memory.kind is None else self._device(memory.kind, regions[0].address)
+        device = None if memory.kind is None else self._device(memory.kind, index_of(regions[0]))
         self._exposed = self._owner.exposed = Exposed(memory, device)
 
     def unregister(self) -> None:
         self.register(())
 
-    def _device(self, kind: MemoryKind, address: int) -> Device:
+    def _device(self, kind: MemoryKind, index: int) -> Device:
         with self._lock:
             if kind not in self._devices:
-                device = Device(kind, index_of(kind, address))
+                device = Device(kind, index)
                 try:
                     device.pin(self._pool.region.address, self._pool.region.length)
                 except PDError:

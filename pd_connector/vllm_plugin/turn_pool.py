@@ -12,9 +12,11 @@ from msgspec.structs import replace
 from pd_connector.config import Config
 from pd_connector.errors import ConfigError, LocalProtocolError
 from pd_connector.layout import KVLayout
-from pd_connector.memory import BlockGrid, Region, order_grids, shared_pool
+from pd_connector.memory import BlockGrid, MemoryKind, Region, order_grids, shared_pool
 from pd_connector.protocol import events as ev
 from pd_connector.runtime.agent import Agent
+from pd_connector.runtime.courier import transport_options
+from pd_connector.transport import registry
 from pd_connector.vllm_plugin.metadata import PoolHandshake, Save
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,9 @@ class TurnPool:
             ours.append(BlockGrid(grid.group, grid.layer, offset, grid.block_bytes, grid.block_bytes, self.slots))
             offset += self.slots * grid.block_bytes
         self._region = Region(memory.address, len(memory), tuple(ours), keepalive=memory)
+        if config.transport == "auto" and any(region.kind is not MemoryKind.HOST for region in regions):
+            # The pool is the host's, but all that it talks to have devices.
+            config = replace(config, transport=registry.staged_here(transport_options(config)))
         self.agent = Agent(config, name=name)
         self.agent.identify(model)
 

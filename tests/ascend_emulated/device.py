@@ -44,4 +44,14 @@ def npu(num_bytes: int) -> Placed:
     return Placed(at.value, array, MemoryKind.NPU, alias)
 
 
-NPU = f"tests.ascend_emulated.{__name__.rpartition('.')[2]}:{npu.__name__}"
+def adopted(num_bytes: int) -> Placed:
+    """Host memory that counts as device 0's from now on: had without a call that a test may let fail."""
+    acl, array = library(), np.empty(num_bytes, np.uint8)
+    address = array.ctypes.data
+    assert acl.emu_adopt(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes)) == 0
+    weakref.finalize(array, acl.emu_disown, ctypes.c_void_p(address))
+    return Placed(address, array, MemoryKind.NPU, array)
+
+
+_HERE = f"tests.ascend_emulated.{__name__.rpartition('.')[2]}"
+NPU, ADOPTED = f"{_HERE}:{npu.__name__}", f"{_HERE}:{adopted.__name__}"

@@ -14,6 +14,17 @@ os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_
 pytest.importorskip("vllm")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def device() -> None:
+    """The emulated NPU, where $PDC_TEST_DEVICE asks for it."""
+    if os.environ.get("PDC_TEST_DEVICE") == "npu":
+        from tests.ascend_emulated import torch_npu
+        from tests.ascend_emulated.device import library
+
+        library()
+        torch_npu.load()
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pd_connector.demo.model import build_model
@@ -51,7 +62,7 @@ def engine(model: Path, ranks: None) -> Iterator[Callable[..., Any]]:
 
     def start(role: str, extra: dict[str, Any] | None = None, **options: Any) -> Any:
         over = os.environ.get("PDC_TEST_TRANSPORT", "zmq")
-        settings = {"transport": [over], "drain_seconds": 0, **(extra or {})}
+        settings = {"transport": over if over == "auto" else [over], "drain_seconds": 0, **(extra or {})}
         made = MiniEngine(engine_config(model, role, extra=settings, **options))
         started.append(made)
         return made

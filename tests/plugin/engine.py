@@ -7,6 +7,7 @@ the answer, and ``reference`` tells the right one.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ LAYERS = 2
 VOCABULARY = 1000
 PATIENCE = float(os.environ.get("PDC_TEST_PATIENCE", "1"))
 """An emulated machine is slow."""
+DEVICE = os.environ.get("PDC_TEST_DEVICE", "cpu")
+"""Where the KV cache is: "npu" is the emulated one of tests/ascend_emulated."""
 _HEAD = 4  # 1 head x (K + V) x 4 x bfloat16 = 16 bytes, two words of int64, per token and layer
 _MIX = 6364136223846793005
 _WORD = 2**63
@@ -57,6 +60,14 @@ def reference(prompt: Sequence[int], count: int) -> list[int]:
         tokens.append(total % VOCABULARY)
         states.append(_next_state(states[-1], tokens[-1]))
     return tokens[len(prompt) :]
+
+
+def _seen(storage: torch.Tensor) -> torch.Tensor:
+    """The same memory for the model, which is no kernel: an emulated device's can be reached by the processor."""
+    if storage.device.type == "cpu":
+        return storage
+    whole = (ctypes.c_ubyte * storage.nbytes).from_address(storage.data_ptr())
+    return torch.frombuffer(whole, dtype=storage.dtype).view(storage.shape)
 
 
 def engine_config(
@@ -98,8 +109,8 @@ class MiniEngine:
         self.config = config
         blocks = int(config.cache_config.num_gpu_blocks)
         names = [f"model.layers.{layer}.attn" for layer in range(LAYERS)]
-        self.storage = torch.zeros((LAYERS, blocks, 1, BLOCK, 2 * _HEAD), dtype=torch.bfloat16)
-        self.words = self.storage.view(torch.int64).view(LAYERS, blocks, BLOCK, 2)
+        self.storage = torch.zeros((LAYERS, blocks, 1, BLOCK, 2 * _HEAD), dtype=torch.bfloat16, device=DEVICE)
+        self.words = _seen(self.storage).view(torch.int64).view(LAYERS, blocks, BLOCK, 2)
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=_HEAD, dtype=torch.bfloat16)
         size = self.storage.nbytes
         page = size // LAYERS // blocks
