@@ -1,16 +1,16 @@
-"""How bytes of one kind of memory travel in these tests: the one place to change when a transport learns a kind."""
+"""How bytes of one kind of memory travel in these tests. Not run on hardware."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pd_connector.memory import MemoryKind, Region, order_grids
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import LeaseId, Status, Transport
+from pd_connector.transport.hixl import HixlTransport
 from pd_connector.transport.inproc import InprocTransport
 
 _LEASE = LeaseId(1, 1)
@@ -18,26 +18,21 @@ _CAPABILITY = b"tensor-forms-016"
 _SECONDS = 20.0
 
 
-@dataclass(frozen=True)
-class Carrier:
-    """``make`` a transport of an agent; ``present`` regions to it as memory that it takes."""
-
-    make: Callable[[str], Transport]
-    present: Callable[[Region], Region]
-
-
-def transport_for(kind: MemoryKind) -> Carrier:
-    """Emulated NPU memory is host memory, and for now goes as that: no transport of this tree takes NPU memory."""
-    relabelled = {MemoryKind.HOST: MemoryKind.HOST, MemoryKind.NPU: MemoryKind.HOST}[kind]
-    return Carrier(lambda agent: InprocTransport(agent, {}), lambda region: replace(region, kind=relabelled))
+def transport_for(kind: MemoryKind) -> Callable[[str], Transport]:
+    """For an agent of that name."""
+    if kind is MemoryKind.NPU:
+        return lambda agent: HixlTransport(agent, {})
+    return lambda agent: InprocTransport(agent, {})
 
 
-def carry(carrier: Carrier, plans: Sequence[CopyPlan], source: Sequence[Region], target: Sequence[Region]) -> None:
+def carry(
+    make: Callable[[str], Transport], plans: Sequence[CopyPlan], source: Sequence[Region], target: Sequence[Region]
+) -> None:
     """Read all plans from one rank's memory into another's. Raises RuntimeError where one does not end as DONE."""
-    owner, reader = carrier.make("owner"), carrier.make("reader")
+    owner, reader = make("owner"), make("reader")
     try:
-        owner.register([carrier.present(region) for region in source])
-        reader.register([carrier.present(region) for region in target])
+        owner.register(source)
+        reader.register(target)
         every = {ref.grid.group: np.arange(ref.grid.num_blocks, dtype=np.uint32) for ref in order_grids(source)}
         owner.grant(_LEASE, _CAPABILITY, every)
         reader.connect("owner#1", owner.describe(), 1)
