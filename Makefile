@@ -77,7 +77,7 @@ aarch64-test: ## the C code built for aarch64 and run under qemu-user (Debian: g
 leak-test: venv ## owners killed before, while and after they are read from: nothing stays behind (CYCLES=n, default 1000)
 	@CYCLES=$(or $(CYCLES),1000) $(BIN)/python -m pytest -s tests/conformance/test_leaks.py
 
-slow-test: venv ## real vLLM of unlike sizes, other kinds of models, prefills killed at every point: what make test leaves out
+slow-test: venv ## what make test leaves out: real vLLM of unlike sizes and killed at every point, the rest of staged and emulated devices
 	@$(BIN)/python -m pytest --durations=15 -m slow $(ARGS)
 
 lint: venv ## ruff, mypy --strict, import-linter, the tidy test

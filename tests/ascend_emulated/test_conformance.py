@@ -38,6 +38,7 @@ class TestHccl(TransportConformance):
         return HcclTransport(agent, {})
 
 
+@pytest.mark.slow
 class TestHcclBetweenProcesses(ProcessConformance):
     owner_spec = ("hccl", {})
     memory = target_memory = NPU
@@ -46,6 +47,7 @@ class TestHcclBetweenProcesses(ProcessConformance):
         return HcclTransport(agent, {})
 
 
+@pytest.mark.slow
 class TestStagedOverTcp(TransportConformance):
     memory = target_memory = NPU
 

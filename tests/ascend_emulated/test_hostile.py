@@ -1,4 +1,4 @@
-"""What an owner that is asked (csrc/service.h) hears from strangers, and what a reader hears from an owner that lies."""
+"""What an owner that is asked (csrc/service.h) hears from strangers, and a reader from an owner that lies."""
 
 from __future__ import annotations
 

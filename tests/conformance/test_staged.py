@@ -13,6 +13,7 @@ from pd_connector.transport.staged import StagedShm, StagedTcp, StagedZmq
 pytestmark = pytest.mark.skipif(native() is None, reason="the C extension was not built")
 
 
+@pytest.mark.slow
 class TestStagedZmq(TransportConformance):
     def make(self, agent: str) -> Transport:
         return StagedZmq(agent, {})
@@ -23,21 +24,25 @@ class TestStagedTcp(TransportConformance):
         return StagedTcp(agent, {})
 
 
+@pytest.mark.slow
 class TestStagedShm(TransportConformance):
     def make(self, agent: str) -> Transport:
         return StagedShm(agent, {})
 
 
+@pytest.mark.slow
 class TestStagedWithOneSmallSlot(TransportConformance):
     def make(self, agent: str) -> Transport:
         return StagedShm(agent, {"slots": 1, "slot_bytes": 65536 + 4096})
 
 
+@pytest.mark.slow
 class TestFaultyStagedZmq(TransportConformance):
     def make(self, agent: str) -> Transport:
         return FaultyTransport(agent, {"inner": "staged-zmq"})
 
 
+@pytest.mark.slow
 class TestStagedZmqBetweenProcesses(ProcessConformance):
     owner_spec = ("staged-zmq", {})
 
@@ -45,6 +50,7 @@ class TestStagedZmqBetweenProcesses(ProcessConformance):
         return StagedZmq(agent, {})
 
 
+@pytest.mark.slow
 class TestStagedTcpBetweenProcesses(ProcessConformance):
     owner_spec = ("staged-tcp", {})
 
@@ -59,6 +65,7 @@ class TestStagedShmBetweenProcesses(ProcessConformance):
         return StagedShm(agent, {})
 
 
+@pytest.mark.slow
 class TestFaultyStagedTcpBetweenProcesses(ProcessConformance):
     owner_spec = ("staged-tcp", {})
 
