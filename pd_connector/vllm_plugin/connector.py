@@ -103,7 +103,7 @@ class PDConnector(KVConnectorBase_V1, *compat.hybrid_bases()):  # type: ignore[m
         """The decode side reads from the cache itself: nothing is saved."""
 
     def wait_for_save(self) -> None:
-        """The step's forward is done: in host memory, the only one that is served today, it is when this is called."""
+        """The step's forward is launched; in host memory it is done."""
         orders: Any = self._get_connector_metadata()
         if orders is not self._computed:
             self._computed = orders

@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pd_connector.errors import LocalProtocolError, PDError, TransferFailed
@@ -17,6 +18,7 @@ from pd_connector.runtime.agent import Agent
 from pd_connector.runtime.clock import stamp
 from pd_connector.runtime.portal import Portal
 from pd_connector.vllm_plugin import compat
+from pd_connector.vllm_plugin.device_order import DeviceOrder
 from pd_connector.vllm_plugin.identity import describe_caches, model_identity
 from pd_connector.vllm_plugin.metadata import Growth, Handshake, Load, Save, StepOrders
 from pd_connector.vllm_plugin.metrics import LOOK_SECONDS, PDStats, Transferred
@@ -69,6 +71,7 @@ class PDWorker:
         self._kv_cache_config = kv_cache_config
         self._config = worker_config(vllm_config)
         self._portal: Portal | None = None
+        self._order = DeviceOrder(())
         self._agent: Agent | None = None
         self._rank = 0
         self._groups = len(kv_cache_config.kv_cache_groups)
@@ -96,6 +99,7 @@ class PDWorker:
         self._rank = layout.rank
         engine_id = self._vllm_config.kv_transfer_config.engine_id
         self._portal = Portal(f"pdc-worker-{self._rank}", self._config.io_cpus)
+        self._order = DeviceOrder(regions)
         self._agent = Agent(self._config, name=f"{engine_id}/{self._rank}", on_note=self._note)
         self._agent.identify(self._config.model or model_identity(self._vllm_config.model_config))
         self._portal.call(self._agent.start)
@@ -132,16 +136,16 @@ class PDWorker:
             self._portal.call(self._pool.end, orders.pool_ends, timeout=_ORDER_SECONDS)
         o = orders
         if any((o.grants, o.saves, o.ready, o.closes, o.drops, o.extends, o.aborts, o.loads)):
-            self._portal.post(self._carry_out, orders)
+            self._order.after(partial(self._portal.post, self._carry_out, orders))
         self._waiting = orders.waiting
 
     def computed(self, orders: StepOrders) -> None:
-        """The step's forward is done: what it computed may be read."""
+        """The step's forward was launched: what it computes may be read once the device is done."""
         if orders.completes:
             now = stamp()
             self._forwards += [(request_id, now) for request_id in orders.completes]
         if orders.computing and self._portal is not None:
-            self._portal.post(self._grow, orders.computing)
+            self._order.after(partial(self._portal.post, self._grow, orders.computing))
 
     def _end(self, ends: list[tuple[int, int, str, bool]]) -> None:
         assert self._agent is not None
@@ -332,6 +336,7 @@ class PDWorker:
         """Let readers of our leases finish, within ``drain_seconds``, then close."""
         if self._portal is None or self._agent is None:
             return
+        self._order.close()
         try:
             self._portal.run(self._agent.drain(), timeout=self._config.drain_seconds + 5)
             self._portal.run(self._agent.close(), timeout=30)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("transport", "module"),
     [
         ("hixl", "test_handover.py"),
+        ("hixl", "test_device_order.py"),
         pytest.param("hccl", "test_handover.py", marks=pytest.mark.slow),
         pytest.param("staged-tcp", "test_handover.py", marks=pytest.mark.slow),
         pytest.param("auto", "test_turns.py", marks=pytest.mark.slow),

@@ -12,8 +12,10 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -25,6 +27,27 @@ _COMPILE_SECONDS = 600
 
 class Unavailable(Exception):
     """There is no compiler to make the device with."""
+
+
+class Event:
+    """Of the one stream that everything runs on: what was launched before is done when it is recorded, but for what
+    ``busy`` holds up."""
+
+    busy: ClassVar[threading.Event | None] = None
+    """A device at work until this is set."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+        self._busy: threading.Event | None = None
+
+    def record(self) -> None:
+        self._busy = Event.busy
+
+    def query(self) -> bool:
+        return self._busy is None or self._busy.is_set()
+
+    def synchronize(self) -> None:
+        if self._busy is not None:
+            self._busy.wait()
 
 
 @functools.cache
@@ -63,6 +86,7 @@ def _module() -> types.ModuleType:
     module.is_available = lambda: True  # type: ignore[attr-defined]
     module.device_count = lambda: 1  # type: ignore[attr-defined]
     module.current_device = lambda: 0  # type: ignore[attr-defined]
+    module.Event = Event  # type: ignore[attr-defined]
     module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
     module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]  # type: ignore[attr-defined]

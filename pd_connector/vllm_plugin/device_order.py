@@ -1,0 +1,47 @@
+"""Order between an engine's device and what peers are told: a forward is only launched when the connector is called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from pd_connector.memory import MemoryKind, Region
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceOrder:
+    """Does what it is given, in turn, once the device has done what was launched before: bytes that a kernel has still
+    to write are not offered, and blocks that one may still touch are not read into. With host memory, at once."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        kinds = {region.kind for region in regions} - {MemoryKind.HOST}
+        # torch.cuda or torch.npu: what the regions' tensors made torch load.
+        self._events: Any = getattr(torch, next(iter(kinds)).value) if kinds else None
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="pdc-device-order") if kinds else None
+
+    def after(self, do: Callable[[], None]) -> None:
+        """On the thread whose current stream the engine launches to."""
+        if self._waiter is None:
+            do()
+            return
+        event = self._events.Event(blocking=True)
+        event.record()
+        self._waiter.submit(self._when, event, do)
+
+    @staticmethod
+    def _when(event: Any, do: Callable[[], None]) -> None:
+        try:
+            event.synchronize()
+            do()
+        except Exception:  # the device's own error ends the engine; nothing of what failed was told to anybody
+            logger.exception("what waited for the device was given up")
+
+    def close(self) -> None:
+        """What still waits is given up."""
+        if self._waiter is not None:
+            self._waiter.shutdown(wait=False, cancel_futures=True)
