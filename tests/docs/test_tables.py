@@ -23,6 +23,8 @@ from pd_connector.protocol.ticket import Ticket
 from pd_connector.router.metrics import RouterMetrics
 from pd_connector.router.settings import RouterSettings
 from pd_connector.transport import staged_wire, zmq_wire
+from pd_connector.transport.hccl import HcclOptions
+from pd_connector.transport.hixl import HixlOptions
 from pd_connector.transport.native import NativeOptions, TcpOptions
 from pd_connector.transport.options import Listening
 from pd_connector.transport.staged import StagedOptions
@@ -161,6 +163,14 @@ def test_options_of_the_verbs_transport() -> None:
 
 def test_options_of_the_staged_transports() -> None:
     assert documented(table(read(CONFIGURATION), "Options of the staged transports")) == defaults(StagedOptions)
+
+
+def test_hixl_options() -> None:
+    assert documented(table(read(CONFIGURATION), "Options of the hixl transport")) == defaults(HixlOptions)
+
+
+def test_hccl_options() -> None:
+    assert documented(table(read(CONFIGURATION), "Options of the hccl transport")) == defaults(HcclOptions)
 
 
 def test_options_of_the_shm_transport() -> None:
