@@ -13,12 +13,13 @@ from pd_connector.errors import ConfigError, PDError, TransportUnavailable
 from pd_connector.transport.base import Transport
 
 ENTRY_POINTS = "pd_connector.transports"
-ORDER = ("inproc", "shm", "verbs", "hixl", "hccl", "tcp", "zmq")
+ORDER = ("inproc", "shm", "cuda", "verbs", "hixl", "hccl", "tcp", "zmq")
 """Best first; ``auto`` starts those of them that exist. A transport outside this list is used when it is named."""
 
 _BUILT_IN = {
     "inproc": "pd_connector.transport.inproc:InprocTransport",
     "shm": "pd_connector.transport.native:ShmTransport",
+    "cuda": "pd_connector.transport.cuda:CudaTransport",
     "verbs": "pd_connector.transport.verbs:VerbsTransport",
     "hixl": "pd_connector.transport.hixl:HixlTransport",
     "hccl": "pd_connector.transport.hccl:HcclTransport",
