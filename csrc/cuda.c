@@ -20,8 +20,8 @@ static const pd_symbol symbols[] = {
     SYMBOL(cuMemHostUnregister), SYMBOL(cuMemcpyAsync), NEWER(cuMemcpyBatchAsync), SYMBOL(cuStreamCreate),
     SYMBOL(cuStreamDestroy_v2), SYMBOL(cuStreamQuery),
     SYMBOL(cuPointerGetAttribute), SYMBOL(cuMemGetAddressRange_v2), SYMBOL(cuIpcGetMemHandle),
-    SYMBOL(cuIpcOpenMemHandle_v2), SYMBOL(cuIpcCloseMemHandle), SYMBOL(cuModuleLoadData), SYMBOL(cuModuleGetFunction), SYMBOL(cuModuleUnload),
-    SYMBOL(cuLaunchKernel), SYMBOL(cuGetErrorName),
+    SYMBOL(cuIpcOpenMemHandle_v2), SYMBOL(cuIpcCloseMemHandle), SYMBOL(cuModuleLoadData),
+    SYMBOL(cuModuleGetFunction), SYMBOL(cuModuleUnload), SYMBOL(cuLaunchKernel), SYMBOL(cuGetErrorName),
 };
 
 int cuda_load(void)
@@ -52,40 +52,37 @@ int cuda_probe(void)
     return count ? 0 : pd_fail(ENODEV, "there is no GPU (CUDA_VISIBLE_DEVICES may hide it)");
 }
 
+/* Short: what a completion has room for is little more. NULL: the driver's own name for it must do. */
 static const char *remedy(cuda_error error)
 {
     switch (error) {
     case CUDA_INVALID_VALUE: return "an address or size that the driver does not know";
-    case 2: return "the GPU has no memory left: lower gpu_memory_utilization";
-    case 3: return "this process was forked after CUDA began: start it with spawn";
-    case 4: return "the driver is shutting down";
-    case 46: return "the GPU is busy or in exclusive mode: see nvidia-smi -c";
-    case 100: return "no GPU is visible: see CUDA_VISIBLE_DEVICES and nvidia-smi";
+    case 2: return "no GPU memory left: lower gpu_memory_utilization";
+    case 3: return "forked after CUDA began: start processes with spawn";
+    case 46: return "the GPU is busy or exclusive: nvidia-smi -c";
+    case 100: return "no GPU is visible: see CUDA_VISIBLE_DEVICES";
     case 101: return "there is no such GPU";
-    case CUDA_INVALID_CONTEXT: return "no context of the GPU is current, or the memory is this process's own";
-    case 205: return "the memory cannot be mapped: a container needs --ipc=host and --pid=host";
-    case 208: return "the memory is mapped already";
-    case 214: return "the GPU's memory is damaged: see nvidia-smi -q -d ECC and reset it";
-    case 217: return "the two GPUs cannot reach each other: see nvidia-smi topo -p2p r";
-    case 218: case 222: return "the driver does not take our kernel: update it";
+    case CUDA_INVALID_CONTEXT: return "not in this process or thread";
+    case 205: return "it cannot be mapped: containers need --ipc=host";
+    case 214: return "memory is damaged: nvidia-smi -q -d ECC";
+    case 217: return "the GPUs are apart: nvidia-smi topo -p2p r";
     case 400: return "the owner's memory is gone";
-    case 700: case 719: return "a kernel failed: this process's GPU context is lost, restart it";
-    case 711: return "too many GPUs are reached at once";
-    case 712: return "the memory is registered already";
-    case 713: return "the memory is not registered";
+    case 700: case 719: return "its context is lost: restart this process";
+    case 712: return "it is registered already";
+    case 713: return "it is not registered";
     case 801: return "this GPU or driver cannot do that";
-    case 802: return "the system is not ready: is the fabric manager running?";
-    case 803: return "driver and library differ: reboot, or reload the kernel's module";
-    default: return "see CUresult in the documentation of the CUDA driver";
+    case 802: return "not ready: is the fabric manager running?";
+    case 803: return "driver and library differ: reboot";
+    default: return NULL;
     }
 }
 
 int cuda_failed(const char *what, cuda_error error)
 {
-    const char *name = NULL;
-    if (cuda.cuGetErrorName(error, &name) || !name)
-        name = "CUDA";
-    return pd_fail(EIO, "%s: %.40s error %d (%s)", what, name, error, remedy(error));
+    const char *words = remedy(error);
+    if (!words && (cuda.cuGetErrorName(error, &words) || !words))
+        words = "see CUresult in the driver's documentation";
+    return pd_fail(EIO, "%s: CUDA error %d, %.60s", what, error, words);
 }
 
 int cuda_device_of(cuda_pointer at)

@@ -1,6 +1,6 @@
-/* The driver of NVIDIA's GPUs, as far as we use it: our own declarations of its public C interface, opened when it is
- * first needed; nothing of the runtime library is needed beside it. Never run on a GPU by us: proven against an emulation
- * (tests/cuda_emulated). */
+/* The driver of NVIDIA's GPUs, as far as we use it: our own declarations of its public C interface, opened when it
+ * is first needed; nothing of the runtime library is needed beside it. Never run on a GPU by us: proven against an
+ * emulation (tests/cuda_emulated). */
 #ifndef PD_CUDA_H
 #define PD_CUDA_H
 

@@ -144,18 +144,18 @@ static int begin(cuda_agent *all, int device)
                    ? 0
                    : pd_fail(EINVAL, "this agent's memory was of GPU %d", all->mover.context.device);
     void *before;
-    int error = cuda_mover_open(&all->mover, device);
-    if (error)
-        return error;
-    cuda_error failed = CUDA_INVALID_CONTEXT;
-    if (!cuda_enter(&all->mover.context, &before)) {
-        failed = cuda.cuMemAlloc_v2(&all->buffers, all->num_buffers * PD_MAX_SLICE_BYTES);
+    if (cuda_mover_open(&all->mover, device))
+        return -EIO;
+    bool entered = !cuda_enter(&all->mover.context, &before);
+    cuda_error error = entered ? cuda.cuMemAlloc_v2(&all->buffers, all->num_buffers * PD_MAX_SLICE_BYTES) : 0;
+    if (entered)
         cuda_leave(before);
-    }
-    if (failed) {
+    if (error)
+        cuda_failed("no memory on the GPU for buffers", error);
+    if (error || !entered) {
         all->buffers = 0;
         cuda_mover_close(&all->mover);
-        return cuda_failed("no memory on the GPU for buffers", failed);
+        return -EIO;
     }
     atomic_store(&all->ready, true);
     return 0;
@@ -203,7 +203,8 @@ static int parse(const unsigned char *remote, size_t bytes, cuda_where *where)
     if (memcmp(boot, where->boot, sizeof boot))
         return pd_fail(EREMOTE, "the peer is on another host");
     if (pid_namespace != where->pid_namespace)
-        return pd_fail(EREMOTE, "the peer is in another pid namespace: let both containers share one (docker run --pid)");
+        return pd_fail(EREMOTE,
+                       "the peer is in another pid namespace: let both containers share one (docker run --pid --ipc)");
     return 0;
 }
 
@@ -213,7 +214,8 @@ static bool reaches(const cuda_agent *all, const cuda_uuid *gpu, int count)
     int theirs = -1, device;
     cuda_uuid uuid;
     for (int i = 0; i < count && theirs < 0; i++)
-        if (!cuda.cuDeviceGet(&device, i) && !cuda.cuDeviceGetUuid_v2(&uuid, device) && !memcmp(&uuid, gpu, sizeof uuid))
+        if (!cuda.cuDeviceGet(&device, i) && !cuda.cuDeviceGetUuid_v2(&uuid, device) &&
+            !memcmp(&uuid, gpu, sizeof uuid))
             theirs = device;
     if (theirs < 0)
         return true; /* hidden by CUDA_VISIBLE_DEVICES: opening its memory will tell */
