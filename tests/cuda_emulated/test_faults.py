@@ -1,24 +1,25 @@
-"""A driver that fails at every call in turn: every read ends, in words, and nothing stays behind. Not run on hardware."""
+"""A driver that fails at every call in turn: every read ends, in words, and nothing stays behind. Not run on
+hardware."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
 from pd_connector.errors import TransportUnavailable
 from pd_connector.testing.arena import GEOMETRIES, POISON, Arena
 from pd_connector.testing.owner_process import LocalOwner, Owner, ProcessOwner
-from pd_connector.testing.pair import CAPABILITY, LEASE, PEER, SEED, Pair, strided_plan
+from pd_connector.testing.pair import CAPABILITY, LEASE, SEED, Pair, strided_plan
 from pd_connector.transport.base import Completion, Status
 from pd_connector.transport.cuda import CudaTransport
 
 from .device import GPU, faults, library, things
 
 FAILS = 999
+WORDS = re.compile(r"CUDA error 999|not of a GPU")
 RELEASES = {"cuMemFree_v2", "cuStreamDestroy_v2", "cuModuleUnload", "cuMemHostUnregister", "cuIpcCloseMemHandle"}
 RELEASES |= {"cuDevicePrimaryCtxRelease_v2", "cuCtxGetCurrent", "cuCtxSetCurrent"}
 """What was made stays where its release fails, or cannot be gone about."""
@@ -44,9 +45,8 @@ def target() -> Arena:
     return Arena(GEOMETRIES["mixed"], SEED + 1, GPU)
 
 
-@dataclass
 class Session(Pair):
-    """A pair that may fail to come about. ``outcome`` is how far it came."""
+    """A pair that may fail to come about, and is not connected yet."""
 
     def __init__(self, owner: Owner, target: Arena, options: dict[str, int] | None = None) -> None:
         self.owner, self.target = owner, target
@@ -87,10 +87,10 @@ def fail_at(name: str, nth: int, owner: Owner, target: Arena) -> str:
         assert completion.status is Status.DONE or completion.detail
         assert completion.status in (Status.DONE, Status.ERROR, Status.PEER_LOST)
     except TransportUnavailable as error:
-        ended = "unavailable"
-        assert re.search(r"CUDA error 999|not of a GPU", str(error)), error
+        ended = str(error)
     finally:
         faults("")
+    assert ended in ("done", "error", "peer_lost") or WORDS.search(ended)
     if name not in RELEASES:
         assert things() == before, f"{name} {nth}: {ended}"
     return ended
@@ -116,16 +116,17 @@ def test_a_call_that_fails_at_the_owner(name: str) -> None:
     memory, before = Arena(GEOMETRIES["mixed"], SEED, GPU), things()
     for nth in (1, 2, 3, 5):
         faults(f"{name}:{nth}={FAILS}")
-        owner = None
+        owner, words = None, ""
         try:
             owner = CudaTransport("owner", {})
             owner.register(memory.regions)
         except TransportUnavailable as error:
-            assert re.search(r"CUDA error 999|not of a GPU", str(error)), error
+            words = str(error)
         finally:
             if owner is not None:
                 owner.close()
             faults("")
+        assert not words or WORDS.search(words)
         if name not in RELEASES:
             assert things() == before, (name, nth)
 
@@ -193,7 +194,6 @@ def test_an_owner_that_registers_again() -> None:
         expected = pair.target.expect(plan, pair.source, pair.target.arrays)
         assert pair.wait(pair.read(plan)).status is Status.DONE
         assert pair.target.same(expected)
-        assert PEER
     finally:
         pair.reader.close()
         owner.close()

@@ -1,5 +1,5 @@
-"""The kernel does what it is for, by an interpreter of its PTX, and NVIDIA's assembler takes it, where there is one. Not
-run on hardware."""
+"""The kernel does what it is for, by an interpreter of its PTX, and NVIDIA's assembler takes it, where there is one.
+Not run on hardware."""
 
 from __future__ import annotations
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +20,8 @@ from pd_connector.transport.base import Status
 from pd_connector.transport.cuda import CudaTransport
 
 from .device import GPU, context, gpu, library, things
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def second(num_bytes: int) -> Placed:
@@ -153,3 +159,16 @@ def test_the_callers_context_stays_its_own() -> None:
 def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_EMU_DEVICES", "0")
     assert "no GPU" in str(CudaTransport.probe({}))
+
+
+def test_the_check_for_real_machines() -> None:
+    """It is for real GPUs; here it shows that it runs, in both outcomes."""
+    command = [sys.executable, str(ROOT / "scripts" / "check_cuda.py"), "--blocks", "8", "--reader", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("every byte is right") == 2
+    environment["CUDA_EMU_DEVICES"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "no such GPU" in done.stderr
