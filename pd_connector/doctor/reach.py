@@ -33,8 +33,13 @@ class Surveyor:
     def __init__(self, config: Config, target: Target | None) -> None:
         self._started, self._missing = registry.start(config.transport, "pdc-doctor", transport_options(config))
         self._target = target
-        if target is not None:
-            for transport in self._started.values():
+        if target is None:
+            return
+        for name, transport in list(self._started.items()):
+            if reason := registry.unfit(transport, [target.cache.region.kind]):
+                self._missing[name] = reason
+                self._started.pop(name).close()
+            else:
                 transport.register([target.cache.region])
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pd_connector.config import Config
 from pd_connector.errors import TransportUnavailable
-from pd_connector.memory import MemoryKind, Region
+from pd_connector.memory import Region
 from pd_connector.plan import Ids
 from pd_connector.protocol import events as ev
 from pd_connector.runtime.side_channel import advertised_host
@@ -72,7 +72,7 @@ class Courier:
         kinds = {region.kind for region in regions}
         try:
             for name, transport in list(self._transports.items()):
-                unfit = optional and _other_kinds(transport, kinds)
+                unfit = optional and registry.unfit(transport, kinds)
                 try:
                     if unfit:
                         raise TransportUnavailable(name, unfit)
@@ -215,12 +215,3 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     implied |= {f"staged-{inner}": network for inner in implied}
     given = config.transport_options
     return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}
-
-
-def _other_kinds(transport: Transport, kinds: set[MemoryKind]) -> str | None:
-    """Why a transport is for other memory than this, or None."""
-    other = kinds - transport.traits.memory
-    if not other:
-        return None
-    reached, wanted = (", ".join(sorted(each)) for each in (transport.traits.memory, other))
-    return f"it reaches memory of {reached} only, not of {wanted}: staged transports do, if they are named"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from pd_connector.errors import ConfigError, PDError, TransportUnavailable
+from pd_connector.memory import MemoryKind
 from pd_connector.transport.base import Transport
 
 ENTRY_POINTS = "pd_connector.transports"
@@ -134,6 +135,15 @@ def choose(
     if chosen is None:
         raise TransportUnavailable("auto", _sentence(reasons) or "neither side offers any")
     return chosen, reasons
+
+
+def unfit(transport: Transport, kinds: Collection[MemoryKind]) -> str | None:
+    """Why a transport is for other memory than this, or None."""
+    other = set(kinds) - transport.traits.memory
+    if not other:
+        return None
+    reached, wanted = (", ".join(sorted(each)) for each in (transport.traits.memory, other))
+    return f"it reaches memory of {reached} only, not of {wanted}: staged transports do, if they are named"
 
 
 def after(chosen: str) -> str:
