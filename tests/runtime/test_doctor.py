@@ -38,6 +38,7 @@ PEER = """
 import asyncio, sys
 import numpy as np
 from pd_connector import Agent, Config
+from pd_connector.transport.registry import ORDER
 from pd_connector.protocol.messages import Endpoint
 
 async def main(kind):
@@ -149,8 +150,7 @@ def test_this_host() -> None:
     assert rows["memory of owned"]["found"].startswith(BEST)
     assert "every byte is right" in rows["hand-over"]["found"]
     found = {(row["agent"], row["transport"]): row for row in transports}
-    names = ("inproc", "shm", "verbs", "tcp", "zmq")
-    assert set(found) == {(agent, name) for agent in ("owned", "foreign") for name in names}
+    assert set(found) == {(agent, name) for agent in ("owned", "foreign") for name in ORDER}
     assert found["owned", BEST]["state"] == "chosen"
     assert "process" in found["owned", "inproc"]["reason"]
     for row in transports:
