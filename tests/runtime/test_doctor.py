@@ -26,6 +26,7 @@ from pd_connector.doctor.peer import lease_ticket
 from pd_connector.doctor.server import serve
 from pd_connector.memory import native
 from pd_connector.protocol.messages import VERSION
+from pd_connector.transport.registry import ORDER
 
 from .test_agent import QUICK
 
@@ -38,7 +39,6 @@ PEER = """
 import asyncio, sys
 import numpy as np
 from pd_connector import Agent, Config
-from pd_connector.transport.registry import ORDER
 from pd_connector.protocol.messages import Endpoint
 
 async def main(kind):
