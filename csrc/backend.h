@@ -97,7 +97,7 @@ void pd_release(pd_memory *memory);
 int pd_start(pthread_t *out, void *(*run)(void *), void *argument);
 void pd_pin(const pd_options *options, int index); /* the calling thread, which is the index-th, to its processors */
 
-extern const pd_backend pd_shm, pd_tcp, pd_verbs, pd_hixl, pd_hccl;
+extern const pd_backend pd_shm, pd_tcp, pd_verbs, pd_hixl, pd_hccl, pd_cuda_ipc;
 
 /* Set what pd_last_error says; returns -error. */
 int pd_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -9,7 +9,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-static const pd_backend *const backends[] = {&pd_shm, &pd_tcp, &pd_verbs, &pd_hixl, &pd_hccl};
+static const pd_backend *const backends[] = {&pd_shm, &pd_tcp, &pd_verbs, &pd_hixl, &pd_hccl, &pd_cuda_ipc};
 
 static _Thread_local char last_error[PD_MAX_WORDS];
 

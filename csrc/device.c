@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const pd_device_kind *const kinds[] = {&pd_cpu, &pd_acl};
+static const pd_device_kind *const kinds[] = {&pd_cpu, &pd_acl, &pd_cuda};
 
 struct pd_device {
     const pd_device_kind *kind;

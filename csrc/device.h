@@ -29,7 +29,7 @@ typedef struct pd_device_kind {
     int (*move)(void *own, const pd_move *moves, size_t count, pd_direction which);
 } pd_device_kind;
 
-extern const pd_device_kind pd_cpu, pd_acl;
+extern const pd_device_kind pd_cpu, pd_acl, pd_cuda;
 
 typedef struct pd_device pd_device;
 

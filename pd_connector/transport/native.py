@@ -119,7 +119,8 @@ class NativeTransport(Transport):
         for region in regions:
             if region.kind not in self.traits.memory:
                 reached = ", ".join(sorted(self.traits.memory))
-                raise LocalProtocolError(f"{region}: this transport reaches memory of {reached} only")
+                where = f"memory of {region.kind} at {region.address:#x}"
+                raise LocalProtocolError(f"{where}: this transport reaches memory of {reached} only")
         pools = [_pool_of(region) for region in regions]
         packed = b"".join(map(_pack_region, regions, pools))
         refs = order_grids(regions)

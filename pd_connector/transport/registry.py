@@ -14,7 +14,7 @@ from pd_connector.memory import MemoryKind
 from pd_connector.transport.base import Transport
 
 ENTRY_POINTS = "pd_connector.transports"
-ORDER = ("inproc", "shm", "verbs", "hixl", "hccl", "tcp", "zmq")
+ORDER = ("inproc", "shm", "cuda", "verbs", "hixl", "hccl", "tcp", "zmq")
 """Best first; ``auto`` starts those of them that exist. A transport outside this list is used when it is named."""
 STAGED = ("staged-shm", "staged-verbs", "staged-tcp", "staged-zmq")
 """The same for memory that the wires of others do not reach, behind those that do."""
@@ -22,6 +22,7 @@ STAGED = ("staged-shm", "staged-verbs", "staged-tcp", "staged-zmq")
 _BUILT_IN = {
     "inproc": "pd_connector.transport.inproc:InprocTransport",
     "shm": "pd_connector.transport.native:ShmTransport",
+    "cuda": "pd_connector.transport.cuda:CudaTransport",
     "verbs": "pd_connector.transport.verbs:VerbsTransport",
     "hixl": "pd_connector.transport.hixl:HixlTransport",
     "hccl": "pd_connector.transport.hccl:HcclTransport",

@@ -23,6 +23,7 @@ from pd_connector.protocol.ticket import Ticket
 from pd_connector.router.metrics import RouterMetrics
 from pd_connector.router.settings import RouterSettings
 from pd_connector.transport import staged_wire, zmq_wire
+from pd_connector.transport.cuda import CudaOptions
 from pd_connector.transport.hccl import HcclOptions
 from pd_connector.transport.hixl import HixlOptions
 from pd_connector.transport.native import NativeOptions, TcpOptions
@@ -155,6 +156,10 @@ def test_options_of_the_zmq_transport() -> None:
 
 def test_options_of_the_tcp_transport() -> None:
     assert documented(table(read(CONFIGURATION), "Options of the tcp transport")) == defaults(TcpOptions)
+
+
+def test_options_of_the_cuda_transport() -> None:
+    assert documented(table(read(CONFIGURATION), "Options of the cuda transport")) == defaults(CudaOptions)
 
 
 def test_options_of_the_verbs_transport() -> None:

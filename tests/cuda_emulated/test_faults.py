@@ -1,0 +1,199 @@
+"""A driver that fails at every call in turn: every read ends, in words, and nothing stays behind. Not run on
+hardware."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from pd_connector.errors import TransportUnavailable
+from pd_connector.testing.arena import GEOMETRIES, POISON, Arena
+from pd_connector.testing.owner_process import LocalOwner, Owner, ProcessOwner
+from pd_connector.testing.pair import CAPABILITY, LEASE, SEED, Pair, strided_plan
+from pd_connector.transport.base import Completion, Status
+from pd_connector.transport.cuda import CudaTransport
+
+from .device import GPU, faults, library, things
+
+FAILS = 999
+WORDS = re.compile(r"CUDA error 999|not of a GPU")
+RELEASES = {"cuMemFree_v2", "cuStreamDestroy_v2", "cuModuleUnload", "cuMemHostUnregister", "cuIpcCloseMemHandle"}
+RELEASES |= {"cuDevicePrimaryCtxRelease_v2", "cuCtxGetCurrent", "cuCtxSetCurrent"}
+"""What was made stays where its release fails, or cannot be gone about."""
+OF_A_READER = (
+    *("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetUuid_v2", "cuDeviceCanAccessPeer"),
+    *("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2", "cuCtxGetCurrent", "cuCtxSetCurrent"),
+    *("cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostRegister_v2", "cuMemHostUnregister", "cuMemcpyAsync"),
+    *("cuMemcpyBatchAsync", "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamQuery", "cuPointerGetAttribute"),
+    *("cuMemGetAddressRange_v2", "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle"),
+    *("cuModuleLoadData", "cuModuleGetFunction", "cuModuleUnload", "cuLaunchKernel", "stream"),
+)
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Owner]:
+    owner = ProcessOwner("cuda", {}, "mixed", SEED, GPU)
+    yield owner
+    owner.close()
+
+
+@pytest.fixture(scope="module")
+def target() -> Arena:
+    return Arena(GEOMETRIES["mixed"], SEED + 1, GPU)
+
+
+class Session(Pair):
+    """A pair that may fail to come about, and is not connected yet."""
+
+    def __init__(self, owner: Owner, target: Arena, options: dict[str, int] | None = None) -> None:
+        self.owner, self.target = owner, target
+        self.source = Arena(GEOMETRIES["mixed"], SEED)
+        self._next_tag, self.ended = 1, {}
+        self.reader = CudaTransport("reader", options or {})
+        try:
+            self.reader.register(target.regions)
+            owner.grant(LEASE, CAPABILITY, self.all_blocks())
+        except BaseException:
+            self.reader.close()
+            raise
+
+
+def outcome(owner: Owner, target: Arena) -> Completion:
+    """Of the first operation that failed, or the last one."""
+    session = Session(owner, target)
+    try:
+        completion = session.wait(session.connect())
+        rng = random.Random(SEED)
+        for plan in (session.blocks(range(48)), session.blocks(range(20), group=1), strided_plan(rng, session)):
+            if completion.status is not Status.DONE:
+                break
+            expected = session.target.expect(plan, session.source, session.target.arrays)
+            completion = session.wait(session.read(plan))
+            assert completion.status is not Status.DONE or session.target.same(expected)
+        return completion
+    finally:
+        session.reader.close()
+
+
+def fail_at(name: str, nth: int, owner: Owner, target: Arena) -> str:
+    before = things()
+    faults(f"{name}:{nth}={FAILS}")
+    try:
+        completion = outcome(owner, target)
+        ended = completion.status.value
+        assert completion.status is Status.DONE or completion.detail
+        assert completion.status in (Status.DONE, Status.ERROR, Status.PEER_LOST)
+    except TransportUnavailable as error:
+        ended = str(error)
+    finally:
+        faults("")
+    assert ended in ("done", "error", "peer_lost") or WORDS.search(ended)
+    if name not in RELEASES:
+        assert things() == before, f"{name} {nth}: {ended}"
+    return ended
+
+
+def test_a_session_without_faults_uses_what_the_faults_are_in(elsewhere: Owner, target: Arena) -> None:
+    before = things()
+    assert outcome(elsewhere, target).status is Status.DONE
+    unused = {name for name in OF_A_READER if not library().emu_calls(name.encode())}
+    assert unused <= {"cuDeviceCanAccessPeer"}  # one GPU is enough to be reached
+    assert things() == before
+
+
+@pytest.mark.parametrize("name", OF_A_READER)
+def test_a_call_that_fails_at_the_reader(name: str, elsewhere: Owner, target: Arena) -> None:
+    for nth in (1, 2, 3, 5, 8):
+        fail_at(name, nth, elsewhere, target)
+    assert outcome(elsewhere, target).status is Status.DONE
+
+
+@pytest.mark.parametrize("name", OF_A_READER)
+def test_a_call_that_fails_at_the_owner(name: str) -> None:
+    memory, before = Arena(GEOMETRIES["mixed"], SEED, GPU), things()
+    for nth in (1, 2, 3, 5):
+        faults(f"{name}:{nth}={FAILS}")
+        owner, words = None, ""
+        try:
+            owner = CudaTransport("owner", {})
+            owner.register(memory.regions)
+        except TransportUnavailable as error:
+            words = str(error)
+        finally:
+            if owner is not None:
+                owner.close()
+            faults("")
+        assert not words or WORDS.search(words)
+        if name not in RELEASES:
+            assert things() == before, (name, nth)
+
+
+def test_every_copy_fails(elsewhere: Owner, target: Arena) -> None:
+    before = things()
+    faults("stream:*=700")
+    completion = outcome(elsewhere, target)
+    assert completion.status is Status.ERROR
+    assert "restart this process" in completion.detail
+    assert things() == before
+
+
+def test_a_slow_gpu_is_an_error_once_it_is_quiet(elsewhere: Owner, target: Arena) -> None:
+    session = Session(elsewhere, target, {"transfer_ms": 50})
+    try:
+        assert session.wait(session.connect()).status is Status.DONE
+        faults("stream:*=~300")
+        completion = session.wait(session.read(session.blocks(range(48))))
+        assert completion.status is Status.ERROR
+        assert "longer than 50 ms" in completion.detail
+        faults("")
+        target.poison()
+        session.pump(0.5)
+        assert all((array == POISON).all() for array in target.arrays), "written after its end"
+        session.settle()
+    finally:
+        session.reader.close()
+
+
+def test_a_stuck_gpu_holds_no_close(elsewhere: Owner, target: Arena) -> None:
+    session = Session(elsewhere, target, {"transfer_ms": 50})
+    try:
+        assert session.wait(session.connect()).status is Status.DONE
+        faults("stream:*=~2000")
+        session.read(session.blocks(range(48)))
+        session.pump(0.2)
+    finally:
+        session.reader.close()
+    assert things()["streams"] > 0, "a stream that the GPU may still use is left alone"
+
+
+def test_a_driver_without_batches(elsewhere: Owner, target: Arena) -> None:
+    faults("cuMemcpyBatchAsync:*=801")
+    assert outcome(elsewhere, target).status is Status.DONE
+    assert library().emu_calls(b"cuMemcpyBatchAsync") < 10, "asked again and again"
+
+
+def test_a_driver_that_does_not_take_the_kernel(elsewhere: Owner, target: Arena) -> None:
+    faults("cuModuleLoadData:*=218")
+    assert outcome(elsewhere, target).status is Status.DONE
+    assert library().emu_calls(b"cuLaunchKernel") == 0
+
+
+def test_an_owner_that_registers_again() -> None:
+    owner = LocalOwner(CudaTransport("owner", {}), "mixed", SEED, GPU)
+    pair = Pair(CudaTransport("reader", {}), owner, "mixed", GPU)
+    try:
+        pair.settle()
+        owner.transport.unregister()
+        pair.source = Arena(GEOMETRIES["mixed"], SEED + 7, GPU)
+        owner.transport.register(pair.source.regions)
+        owner.grant(LEASE, CAPABILITY, pair.all_blocks())
+        plan = pair.blocks(range(48))
+        expected = pair.target.expect(plan, pair.source, pair.target.arrays)
+        assert pair.wait(pair.read(plan)).status is Status.DONE
+        assert pair.target.same(expected)
+    finally:
+        pair.reader.close()
+        owner.close()
