@@ -19,7 +19,7 @@ from pd_connector.errors import PeerLost, TransferFailed
 
 MODULE = "pd_connector.doctor.worker"
 _REAP_S = 5.0
-_TAIL_BYTES, _TAIL_LINES = 4096, 6
+_TAIL_BYTES, _TAIL_LINES = 4096, 12
 
 
 class Child:

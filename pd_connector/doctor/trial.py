@@ -114,8 +114,9 @@ class _Run:
     def _killed_peer(self) -> None:
         speed = max((read.gbps for read in self._trial.reads), default=1.0)
         self._ask(self._reader, "begin", READ_S, gbps=speed)
+        killed = time.monotonic()
         self._owner.kill()
-        told = self._ask(self._reader, "end", 2 * LOST_S)
+        told = self._ask(self._reader, "end", 2 * LOST_S, killed=killed)
         words = f"the read ended {told['status']} after {told['seconds']:.2f} s: {told['detail']}"
         if told["status"] == Status.DONE:
             words = f"the read was over before its owner, {told['wrong'] or 'every byte is right'}"

@@ -127,11 +127,11 @@ class Worker:
             if time.monotonic() > end:
                 raise TransferFailed(f"reading: no byte came within {READ_S:g} s")
 
-    def end(self) -> dict[str, Any]:
-        """How the read ends whose owner was killed meanwhile, and how one ends that is posted afterwards."""
-        start = time.monotonic()
+    def end(self, killed: float) -> dict[str, Any]:
+        """How the read ends whose owner was killed then, by a clock that all processes share, and how one ends that is
+        posted afterwards."""
         ended = self._wait(self._begun, LOST_S)
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - killed
         wrong = self._bed.check(self._expected, self._plan) if ended.status is Status.DONE else ""
         after = self._wait(self._post(scattered(0, self._random)), LOST_S)
         return {
