@@ -236,7 +236,9 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument(
         "--selftest", action="store_true", help="read over every transport, compare each byte, kill a peer: a report"
     )
-    doctor.add_argument("--transport", action="append", metavar="NAME", help="of --selftest: only this one (repeatable)")
+    doctor.add_argument(
+        "--transport", action="append", metavar="NAME", help="of --selftest: only this one (repeatable)"
+    )
     doctor.add_argument("--device", metavar="N[,M]", help="of --selftest: the owner's NPU or GPU, and the reader's")
     doctor.set_defaults(run=_doctor)
 

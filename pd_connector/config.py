@@ -153,6 +153,6 @@ def vllm_plugins() -> tuple[str, ...] | None:
 
 
 def ascend_settings() -> dict[str, str]:
-    """What is set of the variables that decide where Ascend's software is, which NPUs it shows and how it links them."""
+    """Those that are set of the variables for where Ascend's software is, which NPUs it shows and how it links them."""
     names = ("ASCEND_HOME_PATH", "ASCEND_RT_VISIBLE_DEVICES", "HCCL_INTRA_ROCE_ENABLE", "HCCL_INTRA_PCIE_ENABLE")
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -25,7 +25,9 @@ def versions(settings: Mapping[str, str]) -> dict[str, str]:
     """Of driver, firmware and CANN, each with the file that says so. ``settings``: config.ascend_settings()."""
     home = [Path(settings["ASCEND_HOME_PATH"])] if "ASCEND_HOME_PATH" in settings else []
     toolkits = [*home, _ROOT / "ascend-toolkit/latest", _ROOT / "cann", _ROOT / "latest"]
-    infos = [path for kit in toolkits for path in (kit / "version.cfg", *sorted(kit.glob("*/ascend_toolkit_install.info")))]
+    infos = [
+        path for kit in toolkits for path in (kit / "version.cfg", *sorted(kit.glob("*/ascend_toolkit_install.info")))
+    ]
     places = {
         "NPU driver": [_ROOT / "driver/version.info"],
         "NPU firmware": [_ROOT / "firmware/version.info"],
@@ -62,7 +64,12 @@ def library(found: Found) -> Row:
         return Row(found.library, State.WARN, f"cannot be opened: {found.problem}", _without(found.library))
     if found.missing:
         words = f"{len(found.missing)} of {count} symbols are missing: {', '.join(found.missing)}"
-        return Row(found.library, State.FAIL, words, f"it is of another CANN version; 9.1.0 is known. {_without(found.library)}")
+        return Row(
+            found.library,
+            State.FAIL,
+            words,
+            f"it is of another CANN version; 9.1.0 is known. {_without(found.library)}",
+        )
     if found.missing_optional:
         words = f"all that is needed; missing, and done in another way: {', '.join(found.missing_optional)}"
         return Row(found.library, State.OK, words)
@@ -81,15 +88,27 @@ def tools(smi: str | None, tool: str | None) -> Row:
     words = ", ".join(path if path else f"no {name}" for name, path in (("npu-smi", smi), ("hccn_tool", tool)))
     if smi and tool:
         return Row(_TOOLS, State.OK, words)
-    return Row(_TOOLS, State.WARN, words, "mount the driver's tools from the host (docs/ascend.md): they tell about links")
+    return Row(
+        _TOOLS, State.WARN, words, "mount the driver's tools from the host (docs/ascend.md): they tell about links"
+    )
 
 
 def network(tool: str, chip: int) -> list[Row]:
     """What hccn_tool says of one NPU's own network port: RoCE needs it, HCCS does not."""
     asked = (
         ("link", "-link", r"\bUP\b", "look at the cable and the switch; HCCS does without it"),
-        ("network", "-net_health", r"success", f"give it an address to try: hccn_tool -i {chip} -netdetect -s address IP"),
-        ("address", "-ip", r"ipaddr\s*:\s*\S+", f"hccn_tool -i {chip} -ip -s address IP netmask MASK; HCCS does without it"),
+        (
+            "network",
+            "-net_health",
+            r"success",
+            f"give it an address to try: hccn_tool -i {chip} -netdetect -s address IP",
+        ),
+        (
+            "address",
+            "-ip",
+            r"ipaddr\s*:\s*\S+",
+            f"hccn_tool -i {chip} -ip -s address IP netmask MASK; HCCS does without it",
+        ),
     )
     made = []
     for name, option, good, remedy in asked:
@@ -103,14 +122,21 @@ def _ask(command: list[str]) -> str:
     """The tool's own words in one line."""
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_TOOL_S, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_TOOL_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"{' '.join(command)} did not answer within {_TOOL_S:g} s"
     except OSError as error:
         return f"{command[0]} cannot be run: {error}"
     lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines()]
-    return " | ".join(filter(None, lines))[:_RAW_CHARACTERS] or f"{' '.join(command)} ended with status {done.returncode}"
+    return (
+        " | ".join(filter(None, lines))[:_RAW_CHARACTERS] or f"{' '.join(command)} ended with status {done.returncode}"
+    )
 
 
 def same_host(settings: Mapping[str, str]) -> Row:

@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class Child:
         self.name = name
         self._unread = b""
         # Both outputs: what a library wrote last is often the reason why it ended the process.
-        self._output = tempfile.TemporaryFile()
+        self._output = os.memfd_create("pd-child-output")
         self._answers, theirs = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -43,6 +42,7 @@ class Child:
             )
         except OSError as error:
             os.close(self._answers)
+            os.close(self._output)
             raise PeerLost(f"the {name} cannot be started: {error}") from error
         finally:
             os.close(theirs)
@@ -90,7 +90,7 @@ class Child:
                 self._process.stdin.close()
         with contextlib.suppress(OSError):
             os.close(self._answers)
-        self._output.close()
+        os.close(self._output)
 
     def _reap(self) -> int | None:
         try:
@@ -105,7 +105,8 @@ class Child:
         return f"died by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
     def _last_words(self) -> str:
-        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        lines = [line.strip() for line in self._output.read().decode(errors="replace").splitlines()]
+        size = os.fstat(self._output).st_size
+        tail = os.pread(self._output, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+        lines = [line.strip() for line in tail.decode(errors="replace").splitlines()]
         said = " | ".join([line for line in lines if line][-_TAIL_LINES:])
         return f"; its last words: {said}" if said else ""

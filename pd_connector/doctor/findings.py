@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +10,8 @@ import msgspec
 from pd_connector.doctor.report import Report, Row, State, lines_of, printable
 
 NOTE = (
-    "The Ascend transports were written and tried against emulated libraries; nobody of this project has run them on an "
-    "NPU. If this report comes from one, please send it whatever it says."
+    "The Ascend transports were written and tried against emulated libraries; nobody of this project has run them on "
+    "an NPU. If this report comes from one, please send it whatever it says."
 )
 SEND = "put this whole report into an issue"
 
@@ -124,7 +123,7 @@ def _trial(trial: Trial) -> list[str]:
     return lines + _remedy(trial.remedy)
 
 
-def _remedy(words: str) -> Sequence[str]:
+def _remedy(words: str) -> list[str]:
     return [f"  -> {words}"] if words else []
 
 

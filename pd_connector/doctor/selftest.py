@@ -1,4 +1,4 @@
-"""``pdc doctor --selftest``: reads between two processes over everything that claims to work here, compared byte by byte.
+"""``pdc doctor --selftest``: reads between two processes over everything that claims to work here, and their bytes.
 
 Nothing that may crash or hang runs in this process: it only asks children, each question under a deadline.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from pd_connector.config import Config, ascend_settings
 from pd_connector.doctor import ascend, installation, trial
 from pd_connector.doctor.child import Child
-from pd_connector.doctor.findings import Findings, Trial, Unavailable
+from pd_connector.doctor.findings import Findings, Unavailable
 from pd_connector.doctor.reach import beside
 from pd_connector.doctor.report import Row, State
 from pd_connector.doctor.symbols import Found
@@ -27,9 +27,15 @@ from pd_connector.transport import registry
 from pd_connector.transport.base import Scope
 
 WHOLE_S = 55.0
+_LATEST_S = 40.0
+"""No trial begins later: it could not be told from one that hangs."""
 _LOOK_S = 20.0
 _ONE_PROCESS = "it works within one process only"
 _TWO_NPUS = "a communicator needs two NPUs: show both to this process, or give --device N,M"
+
+_NO_TIME = f"the first {_LATEST_S:g} s were over: run it alone with --transport"
+_ORDER = (MemoryKind.NPU, MemoryKind.CUDA, MemoryKind.HOST)
+"""If there is not the time for all, then for what is most likely to be asked about."""
 
 Progress = Callable[[str], None]
 
@@ -37,7 +43,7 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True)
 class Options:
     """``transports``: only these (empty: all that are available). ``devices``: of the owner and the reader (None: the
-    first two). ``wrong_byte``: the owners' memory is spoiled, and every read must show it; for tests of the self-test."""
+    first two). ``wrong_byte``: the owners' memory is spoiled and every read must show it; for tests of this."""
 
     config: Config
     transports: tuple[str, ...] = ()
@@ -71,18 +77,13 @@ def run(options: Options, progress: Progress, started: Callable[[Child], None] =
     findings.rows += _ascend_rows(seen, options)
     cases = _cases(options, seen, given, findings, begun + WHOLE_S)
     for number, case in enumerate(cases, 1):
+        if time.monotonic() > begun + _LATEST_S:
+            findings.unavailable.append(Unavailable(case.transport, case.memory, _NO_TIME))
+            continue
         progress(f"{number} of {len(cases)}: {case.transport}, {case.memory} memory")
-        findings.trials.append(_try(case, started))
+        findings.trials.append(trial.run(case, started))
     findings.seconds = round(time.monotonic() - begun, 1)
     return findings
-
-
-def _try(case: trial.Case, started: Callable[[Child], None]) -> Trial:
-    """The fruits of one trial; those of a transport that takes too long are no reason to lose the others'."""
-    if time.monotonic() > case.end:
-        words = f"not tried: the self-test had only {WHOLE_S:g} s"
-        return Trial(case.transport, case.memory, problem=words, remedy=f"run it alone with --transport {case.transport}")
-    return trial.run(case, started)
 
 
 def versions() -> dict[str, str]:
@@ -124,7 +125,7 @@ def _cases(
                 findings.unavailable.append(Unavailable(name, kind, why_not))
                 continue
             cases.append(trial.Case(name, kind, devices, given.get(name, {}), end, options.wrong_byte))
-    return cases
+    return sorted(cases, key=lambda case: _ORDER.index(case.memory))
 
 
 def _devices(options: Options, kind: MemoryKind, seen: Mapping[str, Any]) -> tuple[tuple[int, int], str]:

@@ -1,5 +1,8 @@
-"""The processes of the self-test: one looks around, one owns memory, one reads it. Run as a module by ``doctor.child``: a
-JSON line [command, arguments] on stdin, a JSON line with "result" or "error" on the descriptor that is its argument."""
+"""The processes of the self-test: one looks around, one owns memory, one reads it.
+
+Run as a module by ``doctor.child``: a JSON line [command, arguments] on stdin, a JSON line with "result" or "error" on
+the descriptor that is its argument.
+"""
 
 from __future__ import annotations
 

@@ -208,5 +208,6 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     network = {"host": config.host, "advertise": advertised_host(config), **local}
     implied: dict[str, dict[str, Any]] = {"shm": local, "verbs": network, "tcp": network, "zmq": network}
     implied |= {f"staged-{inner}": network for inner in implied}
+    implied |= {"hixl": network, "hccl": network}
     given = config.transport_options
     return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}

@@ -48,7 +48,9 @@ def run(*transports: str, **options: Any) -> Findings:
 
 
 def test_every_symbol_is_there() -> None:
-    assert [(found.library, found.problem, found.missing) for found in look()] == [(each.name, "", ()) for each in LIBRARIES]
+    assert [(found.library, found.problem, found.missing) for found in look()] == [
+        (each.name, "", ()) for each in LIBRARIES
+    ]
 
 
 def test_host_memory_over_hixl() -> None:

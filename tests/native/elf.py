@@ -1,4 +1,4 @@
-"""What a 64-bit little-endian ELF library asks of others: a reader of a few tables, so that no tool need be installed."""
+"""What a 64-bit little-endian ELF library asks of others: a reader of a few tables, so that no tool is needed."""
 
 from __future__ import annotations
 
