@@ -48,7 +48,8 @@ def doctor(words: list[str]) -> None:
 
 
 def selftest(words: list[str]) -> None:
-    assert "verdict: passed" in run(sys.executable, "-m", "pd_connector.cli", *words[1:])
+    """Over one transport: tests/runtime/test_selftest.py tries all of them."""
+    assert "verdict: passed" in run(sys.executable, "-m", "pd_connector.cli", *words[1:], "--transport", "zmq")
 
 
 def bench(words: list[str]) -> None:

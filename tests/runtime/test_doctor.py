@@ -26,6 +26,7 @@ from pd_connector.doctor.peer import lease_ticket
 from pd_connector.doctor.server import serve
 from pd_connector.memory import native
 from pd_connector.protocol.messages import VERSION
+from pd_connector.transport.registry import ORDER
 
 from .test_agent import QUICK
 
@@ -149,8 +150,7 @@ def test_this_host() -> None:
     assert rows["memory of owned"]["found"].startswith(BEST)
     assert "every byte is right" in rows["hand-over"]["found"]
     found = {(row["agent"], row["transport"]): row for row in transports}
-    names = ("inproc", "shm", "verbs", "tcp", "zmq")
-    assert set(found) == {(agent, name) for agent in ("owned", "foreign") for name in names}
+    assert set(found) == {(agent, name) for agent in ("owned", "foreign") for name in ORDER}
     assert found["owned", BEST]["state"] == "chosen"
     assert "process" in found["owned", "inproc"]["reason"]
     for row in transports:
