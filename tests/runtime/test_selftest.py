@@ -27,13 +27,6 @@ STEPS = ["a wrong capability", "a planted wrong byte", "a killed peer"]
 HERE = [name for name in ("shm", "tcp", "zmq", "staged-shm", "staged-tcp", "staged-zmq") if native() or name == "zmq"]
 
 
-@pytest.fixture(autouse=True)
-def without_emulated_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of the emulated ones, in the same run, put them in sight of every process."""
-    paths = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    monkeypatch.setenv("LD_LIBRARY_PATH", ":".join(path for path in paths if not path.endswith("build/ascend")))
-
-
 def pdc(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pd_connector.cli", "doctor", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
