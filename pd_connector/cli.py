@@ -233,11 +233,22 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument("--config", type=Path, metavar="FILE", help="JSON agent settings: keys, transport, host, ...")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--no-measure", action="store_true", help="connect only, read nothing")
+    doctor.add_argument(
+        "--selftest", action="store_true", help="read over every transport, compare each byte, kill a peer: a report"
+    )
+    doctor.add_argument(
+        "--transport", action="append", metavar="NAME", help="of --selftest: only this one (repeatable)"
+    )
+    doctor.add_argument("--device", metavar="N[,M]", help="of --selftest: the owner's NPU or GPU, and the reader's")
     doctor.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     config = Config() if arguments.config is None else _agent_config(arguments.config)
+    if arguments.selftest:
+        return _selftest(arguments, config)
+    if arguments.transport or arguments.device:
+        raise ConfigError("--transport and --device choose what --selftest tries: give it too")
     if arguments.serve:
         return _serve_doctor(arguments, config)
     measure = not arguments.no_measure
@@ -251,6 +262,17 @@ def _doctor(arguments: argparse.Namespace) -> int:
         report = peer.examine(config, arguments.address, measure=measure)
     print(report.as_json() if arguments.json else report.as_text())
     return int(report.failed)
+
+
+def _selftest(arguments: argparse.Namespace, config: Config) -> int:
+    from pd_connector.doctor.selftest import Options, parse_devices, run, tell
+
+    if arguments.serve or arguments.no_measure or arguments.address is not None:
+        raise ConfigError("--selftest takes no address, --serve or --no-measure: both its processes are its own")
+    devices = None if arguments.device is None else parse_devices(arguments.device)
+    found = run(Options(config, tuple(arguments.transport or ()), devices), tell)
+    print(found.as_json() if arguments.json else found.as_text())
+    return int(found.failed)
 
 
 def _serve_doctor(arguments: argparse.Namespace, config: Config) -> int:

@@ -150,3 +150,9 @@ def vllm_plugins() -> tuple[str, ...] | None:
     """The plugins that vLLM was told to load, or None for all of them; it splits the variable in the same way."""
     names = os.environ.get("VLLM_PLUGINS")
     return None if names is None else tuple(names.split(","))
+
+
+def ascend_settings() -> dict[str, str]:
+    """Those that are set of the variables for where Ascend's software is, which NPUs it shows and how it links them."""
+    names = ("ASCEND_HOME_PATH", "ASCEND_RT_VISIBLE_DEVICES", "HCCL_INTRA_ROCE_ENABLE", "HCCL_INTRA_PCIE_ENABLE")
+    return {name: os.environ[name] for name in names if name in os.environ}

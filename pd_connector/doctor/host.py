@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 import pd_connector.errors
-from pd_connector.config import Config, is_loopback
-from pd_connector.doctor import installation, limits, peer, rdma, server
+from pd_connector.config import Config, ascend_settings, is_loopback
+from pd_connector.doctor import ascend, installation, limits, peer, rdma, server, symbols
 from pd_connector.doctor.reach import beside
 from pd_connector.doctor.report import Report, Row, State, TransportRow, Use
 from pd_connector.errors import ConfigError, PDError, PeerLost
@@ -31,6 +31,7 @@ _STATUS = Path("/proc/self/status")
 def examine(config: Config, path: Path | None, *, measure: bool = True) -> Report:
     """``path`` is where ``config`` comes from, None for the defaults."""
     report = Report([*installation.rows(), *limits.rows(), *rdma.rows(transport_options(config)["verbs"])])
+    report.rows += ascend.rows(symbols.look(), (), ascend_settings())
     if path is not None:
         report.rows.append(configuration(config, path))
     # Neither keys nor addresses are tried here: both ends are ours.

@@ -22,7 +22,7 @@ _OLDEST, _NEWEST = (0, 23), (0, 33)
 
 
 def rows() -> list[Row]:
-    engines = {name: found for name in _ENGINES if (found := _version(name)) is not None}
+    engines = {name: found for name in _ENGINES if (found := version_of(name)) is not None}
     visible = any(point.value.startswith(_MODULE) for point in entry_points(group=_PLUGINS))
     return [
         _package(),
@@ -33,7 +33,7 @@ def rows() -> list[Row]:
     ]
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -42,7 +42,7 @@ def _version(distribution: str) -> str | None:
 
 def _package() -> Row:
     where = f"Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}"
-    return Row("pd_connector", State.OK, f"{_version('pd-connector') or 'a source tree, not installed'}; {where}")
+    return Row("pd_connector", State.OK, f"{version_of('pd-connector') or 'a source tree, not installed'}; {where}")
 
 
 def _libzmq(found: str, curve: bool) -> Row:

@@ -59,14 +59,14 @@ class Report:
 
     def as_text(self) -> str:
         heads = ("check", "state", "found")
-        lines = _table(heads, [(row.name, row.state, row.found) for row in self.rows])
+        lines = lines_of(heads, [(row.name, row.state, row.found) for row in self.rows])
         # Under its row, so that what is wrong and what to do about it are read together.
         indent = " " * lines[0].index(heads[2])
         for at, row in reversed(list(enumerate(self.rows, 1))):
             if row.remedy:
                 lines.insert(at + 1, f"{indent}-> {row.remedy}")
         if self.transports:
-            lines += ["", *_table(("memory of", "over", "state", "connect", "GB/s", "4 KiB read", ""), self._cells())]
+            lines += ["", *lines_of(("memory of", "over", "state", "connect", "GB/s", "4 KiB read", ""), self._cells())]
         return "\n".join(lines)
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -84,7 +84,7 @@ class Report:
         ]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def lines_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """One line for the heads, then one per row. The last column is as wide as it likes: a terminal wraps it. What a
     peer says of itself cannot move the cursor or add a line."""
     lines = [heads, *([printable(cell) for cell in row] for row in rows)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pd_connector.errors import ConfigError, TransportUnavailable
-from pd_connector.memory import native
+from pd_connector.memory import MemoryKind, native
 from pd_connector.transport import registry
 from pd_connector.transport.base import Transport
 from pd_connector.transport.inproc import InprocTransport
@@ -20,10 +20,10 @@ IN_C = tuple(name for name in registry.ORDER if name not in ("inproc", "zmq"))
 
 
 def usable() -> list[str]:
-    """Those in C that work here, now: tests that emulate devices may come before."""
+    """Those in C for the host's memory that work here."""
     kinds = {name: registry.load(name) for name in IN_C}
-    working = [name for name, kind in kinds.items() if kind.probe({}) is None]
-    return [name for name in working if kinds[name].instead_of not in working]
+    fit = {name: kind for name, kind in kinds.items() if MemoryKind.HOST in kind.traits.memory and not kind.for_devices}
+    return [name for name, kind in fit.items() if kind.probe({}) is None]
 
 
 NATIVE = usable()

@@ -20,7 +20,7 @@ async def test_blocks_of_a_gpu_are_pulled_over_cuda_by_auto() -> None:
     async with Agent(Config(), name="P") as p, Agent(Config(), name="D") as d:
         p.register(source.regions)
         d.register(target.regions)
-        assert p.transports == d.transports == ("cuda",)
+        assert p.transports == d.transports == ("cuda", "staged-shm", "staged-tcp")
         ticket = p.lease([[3, 4, 9], [1]])
         stats = await d.pull(ticket, [[7, 8, 0], [2]])
         assert stats.transport == "cuda"
@@ -43,5 +43,5 @@ async def test_memory_of_the_host_is_served_as_if_there_were_no_gpu() -> None:
 async def test_memory_that_nothing_reaches_is_refused_with_what_to_name() -> None:
     regions = [dataclasses.replace(region, kind=MemoryKind.NPU) for region in Arena(MIXED, 1).regions]
     async with Agent(Config()) as agent:
-        with pytest.raises(TransportUnavailable, match="not of npu: staged"):
+        with pytest.raises(TransportUnavailable, match=r"libascendcl|npu"):
             agent.register(regions)

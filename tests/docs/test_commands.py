@@ -47,6 +47,11 @@ def doctor(words: list[str]) -> None:
     assert "every byte is right" in run(sys.executable, "-m", "pd_connector.cli", *words[1:])
 
 
+def selftest(words: list[str]) -> None:
+    """Over one transport: tests/runtime/test_selftest.py tries all of them."""
+    assert "verdict: passed" in run(sys.executable, "-m", "pd_connector.cli", *words[1:], "--transport", "zmq")
+
+
 def bench(words: list[str]) -> None:
     if native() is not None:  # shm is what it measures
         assert "GB/s" in run(sys.executable, "-m", "pd_connector.cli", *words[1:])
@@ -55,6 +60,7 @@ def bench(words: list[str]) -> None:
 RUN: dict[str, Callable[[list[str]], None]] = {
     "pdc keygen --json": keygen,
     "pdc doctor": doctor,
+    "pdc doctor --selftest": selftest,
     "pdc bench transfer --transport shm --chunk 65536 --rounds 3": bench,
     "make -s sim PLANT=list": list_of_plants,
 }
@@ -76,6 +82,13 @@ NOT_RUN: list[tuple[str, str]] = [
     (r"pdc router --prefill .*", "serves until it is stopped: tests/router and tests/demo start it"),
     (r"pdc doctor --serve( --config \S+)?", "serves until it is stopped: tests/runtime/test_doctor.py starts it"),
     (r"pdc doctor tcp://\S+( --config \S+)?", "needs a peer: tests/runtime/test_doctor.py has some"),
+    (r"pdc doctor --selftest --json", "the same again: tests/runtime/test_selftest.py reads its JSON"),
+    (r"pdc doctor --selftest --transport hixl .*", "needs NPUs: tests/ascend_emulated has emulated ones"),
+    (r"(npu-smi info|hccn_tool -i 0 -\w+ -g)", "needs an NPU and its driver's tools, which no machine of ours has"),
+    (r"export IMAGE=\S+|docker run .* \$IMAGE bash", "needs docker, NPUs and their driver"),
+    (r"export HCCL_INTRA_ROCE_ENABLE=1", "means something to Ascend's libraries only"),
+    (r"PD_NATIVE=require pip install 'pd-connector\[router\]'", "would change the environment that these tests run in"),
+    (r"ASCEND_RT_VISIBLE_DEVICES=\d vllm serve MODEL .*", "needs an NPU; its settings are parsed below"),
     (r"pdc ledger http://\S+", "needs a router with requests behind it: tests/vllm/test_streamed.py has one"),
     (r"curl http://127\.0\.0\.1:8000/v1/completions .*", "needs the servers: tests/demo sends such requests"),
     (r"curl -s http://127\.0\.0\.1:8200/metrics .*", "needs the servers: tests/demo reads the same page"),

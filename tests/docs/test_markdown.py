@@ -7,8 +7,9 @@ from pathlib import Path
 
 import gen_docs
 import pytest
-from documents import READMES, ROOT, commands, pages, read, table
+from documents import READMES, ROOT, commands, pages, read, table, tables
 
+ASCEND = ("docs/ascend.md", "docs/ascend_zh.md")
 FOREIGN = {"Unsupported connector type: PDConnector", "PackageNotFoundError: vllm"}
 """Messages of vLLM's, not ours."""
 
@@ -72,9 +73,45 @@ def test_readmes_have_the_same_headings_commands_and_tables() -> None:
     ours, theirs = ([command.text for command in commands() if command.page == name] for name in READMES)
     assert ours == theirs
     links = [re.findall(r"\]\((docs/[^)]*)\)", text) for text in (english, chinese)]
-    assert links[0] == links[1]
+    assert links[0] == [link.replace("_zh.md", ".md") for link in links[1]], (
+        "a page that has a Chinese twin is that one"
+    )
     rows = [table(text, heading) for text, heading in ((english, "Troubleshooting"), (chinese, "故障排查"))]
     assert [next(iter(row.values())) for row in rows[0]] == [next(iter(row.values())) for row in rows[1]]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^ *```.*?^ *```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_pages_about_ascend_have_the_same_blocks_headings_and_tables() -> None:
+    english, chinese = (read(name) for name in ASCEND)
+    assert blocks(english) == blocks(chinese)
+    assert re.findall(r"^#+ ", english, re.MULTILINE) == re.findall(r"^#+ ", chinese, re.MULTILINE)
+    ours, theirs = tables(english), tables(chinese)
+    assert [[next(iter(row.values())) for row in rows] for rows in ours] == [
+        [next(iter(row.values())) for row in rows] for rows in theirs
+    ]
+    items = [len(re.findall(r"^(?:-|\d\.) ", text, re.MULTILINE)) for text in (english, chinese)]
+    assert items[0] == items[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [(ASCEND[0], "has run any of this on an NPU"), (ASCEND[1], "从未在 NPU 上运行过")]
+)
+def test_the_pages_about_ascend_begin_with_what_was_not_run(name: str, words: str) -> None:
+    assert words in read(name).splitlines()[2]
+
+
+@pytest.mark.parametrize("name", ASCEND)
+def test_statuses_of_hixl_are_those_of_the_source(name: str) -> None:
+    numbers = dict(re.findall(r"^ +(HIXL_[A-Z_]+) = (\d+),", read("csrc/hixl.h"), re.MULTILINE))
+    words = re.findall(r'case (HIXL_[A-Z_]+): words = "(.*)"; break;', read("csrc/hixl_engine.c"))
+    told = [{numbers[status]: text} for status, text in words]
+    assert len(told) > 5
+    (rows,) = (rows for rows in tables(read(name)) if any("503900" in row.values() for row in rows))
+    assert [dict([list(row.values())[:2]]) for row in rows] == told
+    assert all(list(row.values())[2] for row in rows)
 
 
 def test_quoted_messages_exist() -> None:
