@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pd_connector.memory import BlockGrid, MemoryKind, Pool, Region
+from pd_connector.memory import UNKNOWN, BlockGrid, MemoryKind, Pool, Region
 from pd_connector.plan import CopyPlan, Pattern, coalesce
 from pd_connector.transport.device import Device, Direction
 
@@ -37,7 +37,8 @@ class Testbed:
             self._device = Device(kind, device)
             self._device.pin(pool.address, NUM_BYTES)
             address = self._device.alloc(NUM_BYTES)
-        self.region = Region(address, NUM_BYTES, _GRIDS, kind, keepalive=self.host)
+        number = UNKNOWN if kind is MemoryKind.HOST else device
+        self.region = Region(address, NUM_BYTES, _GRIDS, kind, keepalive=self.host, device=number)
         self._image = pool.address
 
     def put(self) -> None:

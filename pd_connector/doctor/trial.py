@@ -37,8 +37,7 @@ class Case:
     def where(self, side: int) -> dict[str, Any]:
         """Arguments of a process's start."""
         options, device = dict(self.options), self.devices[side]
-        # What lies on a device says so itself; these two need the number also before there is any memory.
-        if self.transport == "hixl" or (self.transport.startswith("staged") and self.memory is not MemoryKind.HOST):
+        if self.transport == "hixl" and self.memory is MemoryKind.HOST:  # what lies on a device says so itself
             options.setdefault("device", device)
         return {"transport": self.transport, "options": options, "memory": self.memory, "device": device}
 

@@ -20,7 +20,7 @@ from .elf import asked
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("docs/ascend.md", "docs/ascend_zh.md")
 EXTENSIONS = sorted(Path(pd_connector.__file__).parent.glob("_*.abi3.so"))
-OTHERS = {"libibverbs.so.1"}
+OTHERS = {"libibverbs.so.1", "libcuda.so.1"}
 """Of other vendors, opened in the same way."""
 VENDORS = re.compile(r"^(acl[a-zA-Z]|Hccl|hccl|rt[A-Z]|ibv_|rdma_|cu[A-Z]|cuda[A-Z])|[0-9]hixl|[0-9]AscendString|^adxl")
 SYSTEM = re.compile(r"^(lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d)$")
@@ -73,6 +73,14 @@ def test_the_documents_list_the_same(page: str, library: object) -> None:
     assert {word for _, word in rows} <= needed | {"optional", "可选"}
     assert [name for name, word in rows if word in needed] == list(library.needed)  # type: ignore[attr-defined]
     assert [name for name, word in rows if word not in needed] == list(library.optional)  # type: ignore[attr-defined]
+
+
+def test_the_document_about_cuda_lists_what_is_looked_up() -> None:
+    needed, optional = looked_up(ROOT / "csrc" / "cuda.c")["libcuda.so.1"]
+    text = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8").partition("### libcuda.so.1")[2]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE)
+    assert {name for name, word in rows if word == "needed"} == set(needed)
+    assert {name for name, word in rows if word == "optional"} == set(optional)
 
 
 @needs_extension
