@@ -6,9 +6,9 @@
 
 enum { GREETING_MS = 5000, ATTEMPTS = 4 };
 
-bool asker_open(asker *out, pd_transport *core, const service_where *where)
+bool asker_open(asker *out, pd_transport *core, const service_where *where, uint32_t patience_ms)
 {
-    *out = (asker){.core = core, .where = *where};
+    *out = (asker){.core = core, .where = *where, .patience_ms = (int)patience_ms};
     if (client_open(&out->spare[0], where, GREETING_MS, NULL) != PD_DONE)
         return false;
     out->known = client_directory(&out->spare[0]);
@@ -88,7 +88,7 @@ pd_status asker_ask(asker *each, const pd_slice *slice, directory **known)
     status = SERVICE_STALE;
     *known = hold(each, NULL);
     for (int i = 0; i < ATTEMPTS && status == SERVICE_STALE; i++) {
-        status = client_ask(&connection, *known, slice, until);
+        status = client_ask(&connection, *known, slice, each->patience_ms, until);
         directory *fresh = status == SERVICE_STALE ? client_directory(&connection) : NULL;
         if (status == SERVICE_STALE && !fresh)
             status = PD_PEER_LOST;

@@ -10,6 +10,7 @@ enum { ASKER_CLIENTS = 16 };
 typedef struct {
     pd_transport *core;
     service_where where;
+    int patience_ms; /* for an answer: meanwhile one of the core's threads waits, which others need */
     bool alone; /* the first connection is the only one there will ever be: the backend has begun something with it, and its
                  * owner goes when a question was answered with yes */
     pthread_mutex_t lock; /* guards all below */
@@ -18,7 +19,8 @@ typedef struct {
     int num_spare;
 } asker;
 
-bool asker_open(asker *out, pd_transport *core, const service_where *where); /* false after pd_fail, and nothing to close */
+/* False after pd_fail, and nothing to close. */
+bool asker_open(asker *out, pd_transport *core, const service_where *where, uint32_t patience_ms);
 void asker_close(asker *each);
 /* PD_DONE: the pieces of a slice may be read, from where `known` says, which is to be released. Else after pd_fail. */
 pd_status asker_ask(asker *each, const pd_slice *slice, directory **known);

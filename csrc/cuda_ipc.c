@@ -276,7 +276,7 @@ static void *cuda_connect(void *own, const unsigned char *remote, size_t bytes)
     owner *made = calloc(1, sizeof *made);
     if (!made)
         return pd_fail(ENOMEM, "no memory"), NULL;
-    if (!asker_open(&made->asker, all->core, &where.service)) {
+    if (!asker_open(&made->asker, all->core, &where.service, all->settings.transfer_ms)) {
         free(made);
         return NULL;
     }

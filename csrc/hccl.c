@@ -293,7 +293,7 @@ static void *hccl_connect(void *own, const unsigned char *remote, size_t bytes)
     if (hccl_can_reach(own, remote, bytes) || service_parse(magic, remote, bytes, &where) < 0)
         return NULL;
     owner *made = calloc(1, sizeof *made);
-    if (!made || !asker_open(&made->asker, ((hccl *)own)->core, &where)) {
+    if (!made || !asker_open(&made->asker, ((hccl *)own)->core, &where, ((hccl *)own)->settings.transfer_ms)) {
         free(made);
         return made ? NULL : (pd_fail(ENOMEM, "no memory"), NULL);
     }

@@ -280,7 +280,8 @@ void hixl_link_put(hixl_engine *each, hixl_link *link)
 {
     pthread_mutex_lock(&each->lock);
     if (!--link->refs) {
-        if (link->up && !acl_enter(each->context))
+        /* An agent that closes ends the whole engine; a peer that is gone would cost it a time-out each. */
+        if (link->up && !pd_closing(each->core) && !acl_enter(each->context))
             take_down(each, link);
         hixl_link **at = &each->links;
         while (*at != link)

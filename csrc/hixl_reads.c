@@ -117,7 +117,7 @@ static void *hixl_connect(void *own, const unsigned char *remote, size_t bytes)
     if (parse(remote, bytes, &where))
         return NULL;
     owner *made = calloc(1, sizeof *made);
-    if (!made || !asker_open(&made->asker, all->core, &where.service)) {
+    if (!made || !asker_open(&made->asker, all->core, &where.service, all->engine.settings.transfer_ms)) {
         free(made);
         return made ? NULL : (pd_fail(ENOMEM, "no memory"), NULL);
     }

@@ -92,7 +92,7 @@ directory *client_directory(client *each); /* NULL after pd_fail; the connection
 void directory_release(directory *each);
 /* May these pieces be read? PD_DONE, SERVICE_STALE, or why not, after pd_fail. PD_PEER_LOST: the connection is
  * of no use any more. */
-int client_ask(client *each, const directory *known, const pd_slice *slice, patience until);
+int client_ask(client *each, const directory *known, const pd_slice *slice, int milliseconds, patience until);
 bool client_go(client *each); /* false after pd_fail */
 
 #endif

@@ -218,7 +218,7 @@ directory *client_directory(client *each)
     return made;
 }
 
-int client_ask(client *each, const directory *known, const pd_slice *slice, patience until)
+int client_ask(client *each, const directory *known, const pd_slice *slice, int milliseconds, patience until)
 {
     const pd_lease *lease = slice->lease;
     struct {
@@ -240,7 +240,7 @@ int client_ask(client *each, const directory *known, const pd_slice *slice, pati
     if (!service_put(each->fd, &whole, sizeof whole.head + bytes))
         return lost("lost"), PD_PEER_LOST;
     for (each->owed++; each->owed; each->owed--) {
-        if (!service_get(each->fd, &back, sizeof back, NET_PATIENCE_MS, &until)) {
+        if (!service_get(each->fd, &back, sizeof back, milliseconds, &until)) {
             bool unwanted = errno == ECANCELED;
             lost("lost");
             return unwanted ? PD_CANCELLED : PD_PEER_LOST;
