@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import zmq
 from msgspec import Meta, field
 
-from pd_connector.errors import ConfigError, PDError, RemoteProtocolError, TransportUnavailable
+from pd_connector.errors import ConfigError, LocalProtocolError, PDError, RemoteProtocolError, TransportUnavailable
 from pd_connector.memory import MemoryKind, Region
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import LeaseId, PeerId, Scope, Status, Traits
@@ -112,9 +112,12 @@ class StagedTransport(ThreadedTransport):
         return self._inner.can_reach(where.inner)
 
     def register(self, regions: Sequence[Region]) -> None:
-        """Raises TransportUnavailable where there is no device for such memory."""
+        """Raises TransportUnavailable where there is no device for such memory, or it is of several kinds."""
         self._check()
-        memory = DeviceMemory(regions)
+        try:
+            memory = DeviceMemory(regions)
+        except LocalProtocolError as error:
+            raise TransportUnavailable(self.name, str(error)) from error
         device = None if memory.kind is None else self._device(memory.kind, index_of(regions[0]))
         self._exposed = self._owner.exposed = Exposed(memory, device)
 

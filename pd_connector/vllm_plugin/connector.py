@@ -126,6 +126,11 @@ class PDConnector(KVConnectorBase_V1, *compat.hybrid_bases()):  # type: ignore[m
         return self._scheduler.stats() if self._scheduler is not None else self.worker.stats()
 
     @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Not yet: an engine that sleeps gives its memory away, and what is registered here would be read."""
+        return False
+
+    @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         return compat.required_layout(vllm_config)
 

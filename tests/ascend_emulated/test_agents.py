@@ -118,3 +118,18 @@ async def test_why_the_others_are_not_used() -> None:
         offered = agent._driver.courier.describe()  # type: ignore[union-attr]
     assert list(offered) == ["hixl", "staged-shm", "staged-tcp"]
     assert memory()[0].kind is MemoryKind.NPU
+
+
+async def test_memory_of_two_kinds_goes_over_what_takes_both() -> None:
+    host = Region(*_host(), (BlockGrid(1, 0, 0, 4096, 4096, 4),))
+    async with Agent(Config()) as agent:
+        agent.register([memory()[0], host])
+        assert agent.transports == ("hixl",)
+
+
+def _host() -> tuple[int, int]:
+    _KEPT.append(array := np.zeros(4 * 4096, np.uint8))
+    return array.ctypes.data, array.nbytes
+
+
+_KEPT: list[np.ndarray[Any, np.dtype[np.uint8]]] = []

@@ -338,7 +338,7 @@ def test_a_read_ends_only_after_its_running_move(pair: Pair, monkeypatch: pytest
 
 def test_regions_are_of_one_kind_that_has_a_device(owner: LocalOwner) -> None:
     grid = BlockGrid(0, 0, 0, 64, 64, 1)
-    with pytest.raises(LocalProtocolError, match="cuda and host"):
+    with pytest.raises(TransportUnavailable, match="cuda and host"):
         owner.transport.register([Region(4096, 64, (grid,)), Region(8192, 64, (grid,), MemoryKind.CUDA)])
     if why_no_device(MemoryKind.CUDA) is not None:
         with pytest.raises(TransportUnavailable, match="cuda"):
