@@ -93,6 +93,18 @@ int acl_enter(void *context)
     return error ? acl_failed("the device cannot be used by this thread", error) : 0;
 }
 
+static atomic_bool no_rows;
+
+bool acl_rows_work(void)
+{
+    return acl.aclrtMemcpy2dAsync && !atomic_load(&no_rows);
+}
+
+void acl_rows_fail(void)
+{
+    atomic_store(&no_rows, true);
+}
+
 /* --- scratch memory ----------------------------------------------------------------------------------------------- */
 
 enum { PLACE_MS = 10000 };
@@ -132,10 +144,13 @@ unsigned char *acl_scratch_lend(acl_scratch *each)
 static acl_error place(acl_scratch *each, const pd_rows *rows)
 {
     int kind = acl_device_of(rows->dst) < 0 ? ACL_DEVICE_TO_HOST : ACL_DEVICE_TO_DEVICE;
-    if (rows->count > 1 && acl.aclrtMemcpy2dAsync)
-        return acl.aclrtMemcpy2dAsync(rows->dst, rows->dst_stride, rows->src, rows->src_stride, rows->bytes, rows->count, kind,
-                                      each->stream);
+    bool flat = rows->count > 1 && rows->dst_stride >= rows->bytes && rows->src_stride >= rows->bytes;
     acl_error error = 0;
+    if (flat && acl_rows_work() && !acl.aclrtMemcpy2dAsync(rows->dst, rows->dst_stride, rows->src, rows->src_stride, rows->bytes,
+                                                           rows->count, kind, each->stream))
+        return 0;
+    if (flat)
+        acl_rows_fail();
     for (uint64_t i = 0; !error && i < rows->count; i++)
         error = acl.aclrtMemcpyAsync(rows->dst + i * rows->dst_stride, rows->bytes, rows->src + i * rows->src_stride,
                                      rows->bytes, kind, each->stream);

@@ -74,6 +74,11 @@ void *acl_context(int device);
 /* The calling thread works in this context from now on. 0, or negative after pd_fail. */
 int acl_enter(void *context);
 
+/* Whether rows that are a stride apart can be copied at once: some drivers have the function, but not for all kinds. Once it
+ * failed they are copied one by one, which tells what is really wrong, if anything is. */
+bool acl_rows_work(void);
+void acl_rows_fail(void);
+
 /* Where reads of short runs go to on the device, before the runs are put in their places there: one buffer for each of the
  * core's threads, which is as many as are inside of slices at once. */
 typedef struct {

@@ -143,13 +143,14 @@ static acl_error hand_over(npu *each, const pd_move *moves, size_t count, pd_dir
     int kind = kind_of(which);
     acl_error error = 0;
     for (size_t at = 0, next; at < count && !error; at = next) {
-        size_t rows = acl.aclrtMemcpy2dAsync ? rows_of(moves + at, count - at) : 1;
+        size_t rows = acl_rows_work() ? rows_of(moves + at, count - at) : 1;
         next = at + rows;
-        if (rows >= ROWS) {
-            error = copy_rows(moves + at, rows, kind, stream);
+        if (rows >= ROWS && !copy_rows(moves + at, rows, kind, stream))
             continue;
-        }
-        while (next < count && next - at < BATCH && (!acl.aclrtMemcpy2dAsync || rows_of(moves + next, count - next) < ROWS))
+        if (rows >= ROWS)
+            acl_rows_fail();
+        next = rows >= ROWS ? at + 1 : next;
+        while (next < count && next - at < BATCH && (!acl_rows_work() || rows_of(moves + next, count - next) < ROWS))
             next++;
         bool batched = which != PD_ON_DEVICE && next - at > 1 && atomic_load(&each->batches);
         if (batched)

@@ -361,6 +361,28 @@ EMU_API int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t byt
     return push(made, stream);
 }
 
+EMU_API int aclrtMemcpy2dAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
+                               int kind, void *stream)
+{
+    EMU_DEVICE_CALL();
+    if (!width || !height || width > to_pitch || width > from_pitch)
+        return emu_fail(ACL_RT_PARAM, "rows that overlap, or none");
+    batch *made = batch_new(height);
+    if (!made)
+        return emu_fail(ACL_RT_INTERNAL, "no memory for a task");
+    for (size_t row = 0; row < height; row++) {
+        char *here = (char *)to + row * to_pitch;
+        const char *there = (const char *)from + row * from_pitch;
+        int status = check_copy(here, width, there, width, kind, false);
+        if (status) {
+            free(made);
+            return status;
+        }
+        batch_set(made, row, here, there, width);
+    }
+    return push(made, stream);
+}
+
 /* The kind all copies of a batch share, or the negative code of what real boards answer. */
 static int batch_kind(const aclrtMemcpyBatchAttr *attrs, const size_t *starts, size_t count, size_t copies)
 {

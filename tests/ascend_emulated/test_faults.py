@@ -61,6 +61,7 @@ CALLS = [
             "aclrtHostRegister",
             "aclrtMemcpyAsync",
             "aclrtMemcpyBatchAsync",
+            "aclrtMemcpy2dAsync",
             "aclrtSynchronizeStreamWithTimeout",
             "aclrtPointerGetAttributes",
             "stream",
