@@ -16,6 +16,7 @@ from .device import NPU
 pytestmark = pytest.mark.skipif(native() is None, reason="the C extension was not built")
 
 
+@pytest.mark.slow
 class TestHixl(TransportConformance):
     memory = target_memory = NPU
 

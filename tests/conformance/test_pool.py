@@ -23,6 +23,7 @@ needs_native = pytest.mark.skipif(extension() is None, reason="the C extension w
 
 
 @needs_native
+@pytest.mark.slow
 class TestShmFromAPool(TransportConformance):
     memory = POOLED
 

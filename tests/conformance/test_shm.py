@@ -18,6 +18,7 @@ class TestShm(TransportConformance):
         return ShmTransport(agent, {})
 
 
+@pytest.mark.slow
 class TestFaultyShm(TransportConformance):
     def make(self, agent: str) -> Transport:
         return FaultyTransport(agent, {"inner": "shm"})

@@ -18,16 +18,19 @@ class TestTcp(TransportConformance):
         return TcpTransport(agent, {})
 
 
+@pytest.mark.slow
 class TestTcpOverIpv6(TransportConformance):
     def make(self, agent: str) -> Transport:
         return TcpTransport(agent, {"host": "::1"})
 
 
+@pytest.mark.slow
 class TestTcpOnOneThread(TransportConformance):
     def make(self, agent: str) -> Transport:
         return TcpTransport(agent, {"threads": 1})
 
 
+@pytest.mark.slow
 class TestFaultyTcp(TransportConformance):
     def make(self, agent: str) -> Transport:
         return FaultyTransport(agent, {"inner": "tcp"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pd_connector.testing.conformance import ProcessConformance, TransportConformance
 from pd_connector.testing.faults import FaultyTransport
 from pd_connector.transport.base import Transport
@@ -13,6 +15,7 @@ class TestZmq(TransportConformance):
         return ZmqTransport(agent, {})
 
 
+@pytest.mark.slow
 class TestFaultyZmq(TransportConformance):
     def make(self, agent: str) -> Transport:
         return FaultyTransport(agent, {"inner": "zmq"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pd_connector.testing.conformance import ProcessConformance, TransportConformance
 from pd_connector.transport.base import Transport
 from pd_connector.transport.cuda import CudaTransport
@@ -9,6 +11,7 @@ from pd_connector.transport.cuda import CudaTransport
 from .device import GPU
 
 
+@pytest.mark.slow
 class TestCuda(TransportConformance):
     memory = target_memory = GPU
 

@@ -146,6 +146,7 @@ def test_what_cannot_be_had_is_refused_in_words(board: Board) -> None:
         board.device.pin(board.host, 4096)
 
 
+@pytest.mark.slow
 class TestStagedTcp(TransportConformance):
     memory = target_memory = GPU
 
@@ -153,6 +154,7 @@ class TestStagedTcp(TransportConformance):
         return StagedTcp(agent, {})
 
 
+@pytest.mark.slow
 class TestStagedTcpFromHostMemory(ProcessConformance):
     owner_spec = ("staged-tcp", {})
     memory, target_memory = PRIVATE, GPU
