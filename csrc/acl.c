@@ -93,6 +93,25 @@ int acl_enter(void *context)
     return error ? acl_failed("the device cannot be used by this thread", error) : 0;
 }
 
+acl_error acl_drain(void **stream, pd_transport *core)
+{
+    enum { LOOK_MS = 500, ASKED = 3 };
+    acl_error first = 0, last = 0;
+    int waited = 0;
+    for (int i = 0; i < ASKED; i++) {
+        while ((last = acl.aclrtSynchronizeStreamWithTimeout(*stream, LOOK_MS)) == ACL_SYNC_TIMEOUT)
+            if (core && pd_closing(core) && (waited += LOOK_MS) >= ACL_LAST_MS)
+                return last;
+        if (!last)
+            return first; /* also after an error: that was its word about what went before */
+        first = first ? first : last;
+    }
+    acl.aclrtDestroyStream(*stream);
+    *stream = NULL;
+    acl.aclrtCreateStream(stream);
+    return first;
+}
+
 static atomic_bool no_rows;
 
 bool acl_rows_work(void)
@@ -107,9 +126,7 @@ void acl_rows_fail(void)
 
 /* --- scratch memory ----------------------------------------------------------------------------------------------- */
 
-enum { PLACE_MS = 10000 };
-
-int acl_scratch_open(acl_scratch *out, void *context, int count)
+int acl_scratch_open(acl_scratch *out, pd_transport *core, void *context, int count)
 {
     void *at = NULL, *stream = NULL;
     acl_error error = acl.aclrtMalloc(&at, (size_t)count * PD_MAX_SLICE_BYTES, ACL_HUGE_FIRST);
@@ -120,7 +137,7 @@ int acl_scratch_open(acl_scratch *out, void *context, int count)
         acl.aclrtFree(at);
         return acl_failed("no stream", error);
     }
-    *out = (acl_scratch){.context = context, .stream = stream, .buffers = at, .count = (size_t)count};
+    *out = (acl_scratch){.context = context, .core = core, .stream = stream, .buffers = at, .count = (size_t)count};
     pthread_mutex_init(&out->lock, NULL);
     return 0;
 }
@@ -129,7 +146,8 @@ void acl_scratch_close(acl_scratch *each)
 {
     if (!each->buffers || acl_enter(each->context))
         return;
-    acl.aclrtDestroyStream(each->stream);
+    if (each->stream)
+        acl.aclrtDestroyStream(each->stream);
     acl.aclrtFree(each->buffers);
     pthread_mutex_destroy(&each->lock);
 }
@@ -165,7 +183,7 @@ pd_status acl_scratch_place(acl_scratch *each, const pd_rows *rows, size_t count
     acl_error error = 0;
     for (size_t i = 0; !error && i < count; i++)
         error = place(each, &rows[i]);
-    acl_error last = acl.aclrtSynchronizeStreamWithTimeout(each->stream, PLACE_MS);
+    acl_error last = each->stream ? acl_drain(&each->stream, each->core) : ACL_NO_CONTEXT;
     pthread_mutex_unlock(&each->lock);
     error = error ? error : last;
     return error ? acl_failed("what was read is not put in its places", error), PD_ERROR : PD_DONE;

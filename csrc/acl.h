@@ -20,7 +20,7 @@ enum {
 };
 enum { ACL_HOST_TO_DEVICE = 1, ACL_DEVICE_TO_HOST, ACL_DEVICE_TO_DEVICE };
 enum { ACL_LOCATION_HOST, ACL_LOCATION_DEVICE };
-enum { ACL_HUGE_FIRST = 0, ACL_HOST_MAPPED = 0 };
+enum { ACL_HUGE_FIRST = 0, ACL_HOST_MAPPED = 0, ACL_LAST_MS = 30000 };
 
 typedef struct {
     uint32_t id;
@@ -74,6 +74,11 @@ void *acl_context(int device);
 /* The calling thread works in this context from now on. 0, or negative after pd_fail. */
 int acl_enter(void *context);
 
+/* Until a stream has nothing left, and what it said: on return nothing of it writes any more. One that gives no clean answer
+ * is ended and made anew. While it only takes long we stay, for what it writes to must not be used again; `core` (NULL: none)
+ * that closes waits ACL_LAST_MS more. */
+acl_error acl_drain(void **stream, pd_transport *core);
+
 /* Whether rows that are a stride apart can be copied at once: some drivers have the function, but not for all kinds. Once it
  * failed they are copied one by one, which tells what is really wrong, if anything is. */
 bool acl_rows_work(void);
@@ -83,12 +88,13 @@ void acl_rows_fail(void);
  * core's threads, which is as many as are inside of slices at once. */
 typedef struct {
     void *context, *stream;
+    pd_transport *core;
     pthread_mutex_t lock; /* guards the stream */
     unsigned char *buffers;
     size_t count, lent; /* of PD_MAX_SLICE_BYTES each */
 } acl_scratch;
 
-int acl_scratch_open(acl_scratch *out, void *context, int count); /* negative after pd_fail */
+int acl_scratch_open(acl_scratch *out, pd_transport *core, void *context, int count); /* negative after pd_fail */
 void acl_scratch_close(acl_scratch *each);                        /* also of one that is all zero */
 unsigned char *acl_scratch_lend(acl_scratch *each);               /* NULL after pd_fail */
 pd_status acl_scratch_place(acl_scratch *each, const pd_rows *rows, size_t count);

@@ -54,6 +54,7 @@ typedef struct pd_backend {
     void (*close)(void *own);
     int (*describe)(void *own, unsigned char *out, size_t room);
     int (*counters)(void *own, pd_counter *out, int room); /* NULL: none */
+    int per_peer; /* of the core's threads that may be inside of one peer's slices, for what a peer can hold up; 0: all */
     uint64_t slice_bytes; /* that a slice has at most, up to PD_MAX_SLICE_BYTES; 0: PD_SLICE_BYTES */
     /* Owner's side, one call at a time. A backend keeps the memory with pd_retain, if it needs it. */
     int (*publish)(void *own, pd_memory *memory);

@@ -20,7 +20,7 @@ typedef enum { READ, CONNECT, FENCE } op_kind;
 
 typedef struct peer {
     uint64_t number;
-    int refs;
+    int refs, busy; /* threads of the core inside of its slices */
     bool ready, lost;
     void *own;               /* the backend's */
     struct op *dialling;     /* the CONNECT that a backend with threads of its own has not finished */
@@ -92,7 +92,7 @@ struct pd_transport {
     pd_options options;
     int *cpus;
     pthread_t threads[MAX_THREADS];
-    int running;
+    int running, connecting;
     atomic_int started;
 };
 

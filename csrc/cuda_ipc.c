@@ -384,6 +384,7 @@ const pd_backend pd_cuda_ipc = {
     .name = "cuda",
     .probe = cuda_probe,
     .slice_bytes = PD_MAX_SLICE_BYTES,
+    .per_peer = 2,
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,

@@ -145,13 +145,18 @@ static int64_t now_us(void)
  * what the driver has for waiting knows no deadline. */
 static cuda_error wait(void *stream, int milliseconds, pd_transport *core, bool *late)
 {
-    enum { FIRST_NAP_US = 10, NAP_US = 500, LATE_NAP_US = 10000 };
+    enum { FIRST_NAP_US = 10, NAP_US = 500, LATE_NAP_US = 10000, ASKED = 4 };
     int64_t end = now_us() + milliseconds * 1000ll, nap = FIRST_NAP_US;
+    cuda_error first = 0;
     *late = false;
-    for (;;) {
+    for (int failures = 0;;) {
         cuda_error error = cuda.cuStreamQuery(stream);
-        if (error != CUDA_NOT_READY)
+        if (!error)
+            return first;
+        /* One that lasts means that the context is lost, and with it all that was under way; one that passes, nothing. */
+        if (error != CUDA_NOT_READY && ++failures == ASKED)
             return error;
+        first = error != CUDA_NOT_READY && !first ? error : first;
         *late = now_us() >= end;
         if (*late && (!core || pd_closing(core)))
             return CUDA_NOT_READY;

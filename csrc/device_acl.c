@@ -7,7 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-enum { BATCH = 1024, ROWS = 4, LOOK_MS = 1000 };
+enum { BATCH = 1024, ROWS = 4 };
 
 typedef struct { /* one per direction */
     pthread_mutex_t lock;
@@ -172,12 +172,12 @@ static int move(void *own, const pd_move *moves, size_t count, pd_direction whic
         return -EIO;
     lane *with = &each->lanes[which];
     pthread_mutex_lock(&with->lock);
-    acl_error error = hand_over(each, moves, count, which, with->stream), last;
+    if (!with->stream)
+        acl.aclrtCreateStream(&with->stream);
+    acl_error error = with->stream ? hand_over(each, moves, count, which, with->stream) : ACL_NO_CONTEXT;
     /* Also after an error, for what was handed over before it moves. A device that never ends holds this thread, and whoever
      * waits for it gives the memory up: to return would let it be used again. */
-    do
-        last = acl.aclrtSynchronizeStreamWithTimeout(with->stream, LOOK_MS);
-    while (last == ACL_SYNC_TIMEOUT);
+    acl_error last = with->stream ? acl_drain(&with->stream, NULL) : 0;
     pthread_mutex_unlock(&with->lock);
     error = error ? error : last;
     return error ? acl_failed("a copy failed", error) : 0;

@@ -20,7 +20,7 @@
 
 static const char magic[8] = "PDHCCL1";
 
-enum { ITEMS = 64, HCCL_OWNER = 0, HCCL_READER = 1, HCCL_SEND = 0, HCCL_RECEIVE = 1, HCCL_BYTES = 7, LOOK_MS = 20, BEGIN_MS = 30000 };
+enum { ITEMS = 64, HCCL_OWNER = 0, HCCL_READER = 1, HCCL_SEND = 0, HCCL_RECEIVE = 1, HCCL_BYTES = 7, LOOK_MS = 20, BEGIN_MS = 30000, BEGINNINGS = 64 };
 
 /* --- the library: our own declarations of its public C interface -------------------------------------------------- */
 
@@ -133,9 +133,12 @@ typedef struct {
     int result;
 } beginning;
 
+static atomic_int beginnings; /* of this process, those that were left alone too */
+
 static void beginning_unref(beginning *each)
 {
     if (atomic_fetch_sub(&each->refs, 1) == 1) {
+        atomic_fetch_sub(&beginnings, 1);
         if (each->comm && !acl_enter(each->context))
             hccl_library.HcclCommDestroy(each->comm);
         free(each);
@@ -180,13 +183,16 @@ static bool pair_begin(pair *each, uint32_t rank, int fd)
     acl_error error = acl.aclrtCreateStream(&each->stream);
     if (error)
         return acl_failed("no stream", error), false;
-    beginning *made = calloc(1, sizeof *made);
-    if (!made)
-        return pd_fail(ENOMEM, "no memory"), false;
+    beginning *made = atomic_fetch_add(&beginnings, 1) < BEGINNINGS ? calloc(1, sizeof *made) : NULL;
+    if (!made) {
+        atomic_fetch_sub(&beginnings, 1);
+        return pd_fail(EAGAIN, "%d communicators are being made already", BEGINNINGS), false;
+    }
     *made = (beginning){.refs = 2, .context = context, .root = each->root, .rank = rank};
     pthread_t thread;
     int refused = pd_start(&thread, run_beginning, made);
     if (refused) {
+        atomic_fetch_sub(&beginnings, 1);
         free(made);
         return pd_fail(refused, "cannot start a thread: %s", strerror(refused)), false;
     }
@@ -390,7 +396,7 @@ static int hccl_publish(void *own, pd_memory *memory)
     pthread_mutex_lock(&all->lock);
     if (!all->context && memory->num_regions) {
         void *context = acl_context(device);
-        error = context ? acl_scratch_open(&all->scratch, context, all->threads) : -EIO;
+        error = context ? acl_scratch_open(&all->scratch, all->core, context, all->threads) : -EIO;
         all->context = error ? NULL : context;
     }
     pthread_mutex_unlock(&all->lock);
@@ -421,6 +427,7 @@ const pd_backend pd_hccl = {
     .name = "hccl",
     .probe = hccl_probe,
     .slice_bytes = PD_MAX_SLICE_BYTES,
+    .per_peer = 1,
     .open = hccl_open,
     .close = hccl_close,
     .describe = hccl_describe,

@@ -91,7 +91,7 @@ static int failed(const char *what, uint32_t status)
 
 /* --- the engine --------------------------------------------------------------------------------------------------- */
 
-/* An engine listens at a port of its own choosing: one that is free now, tried again if it is taken meanwhile. */
+/* An engine listens at a port of our choosing, which peers are told before it starts: kept until then. */
 static int choose_name(hixl_engine *each, const char *host)
 {
     net_address at;
@@ -99,7 +99,7 @@ static int choose_name(hixl_engine *each, const char *host)
     int fd = net_listen(&any, &at);
     if (fd < 0)
         return fd;
-    close(fd);
+    each->held = fd;
     snprintf(each->name, sizeof each->name, at.family == 6 ? "[%s]:%u" : "%s:%u", host, at.port);
     return 0;
 }
@@ -121,11 +121,14 @@ static int start(hixl_engine *each, int device)
     each->context = acl_context(device);
     if (!each->context)
         return -EIO;
-    if (!each->scratch.buffers && acl_scratch_open(&each->scratch, each->context, each->threads))
+    if (!each->scratch.buffers && acl_scratch_open(&each->scratch, each->core, each->context, each->threads))
         return -ENOMEM;
     void *made = calls->make();
     if (!made)
         return failed("no engine can be made", HIXL_THREW);
+    if (each->held >= 0)
+        close(each->held);
+    each->held = -1;
     uint32_t status = calls->initialize(made, each->name, each->settings.buffer_pool);
     if (status != HIXL_SUCCESS) {
         calls->unmake(made);
@@ -412,6 +415,8 @@ pd_status hixl_link_read(hixl_engine *each, hixl_link *link, uint64_t generation
 
 void hixl_engine_close(hixl_engine *each)
 {
+    if (each->held >= 0)
+        close(each->held);
     if (each->handle && !acl_enter(each->context)) {
         calls->finalize(each->handle);
         calls->unmake(each->handle);

@@ -30,6 +30,7 @@ typedef struct {
     pd_transport *core;
     hixl_settings settings;
     char name[HIXL_ENGINE]; /* "address:port" */
+    int held; /* a listener that keeps the port until the engine starts; -1 */
     int threads;
     acl_scratch scratch; /* once memory is registered */
     void *context; /* of the device */

@@ -44,6 +44,7 @@ static void *hixl_open(pd_transport *core, const pd_options *options)
     if (!all)
         return pd_fail(ENOMEM, "no memory"), NULL;
     all->core = core;
+    all->engine.held = -1;
     if (hixl_engine_open(&all->engine, core, options) || !(all->service = service_open(magic, &none, all, options))) {
         hixl_close(all);
         return NULL;
@@ -170,6 +171,7 @@ const pd_backend pd_hixl = {
     .name = "hixl",
     .probe = hixl_probe,
     .slice_bytes = PD_MAX_SLICE_BYTES,
+    .per_peer = 4,
     .open = hixl_open,
     .close = hixl_close,
     .describe = hixl_describe,

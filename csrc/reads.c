@@ -300,19 +300,46 @@ void pd_lost(pd_transport *core, uint64_t number, const char *words)
 
 /* --- the threads -------------------------------------------------------------------------------------------------- */
 
-/* One slice of the read at the head of the queue; called and returns under the lock. */
+/* Threads that one peer may hold up: never all of them. 0: any number, for peers that cannot. */
+static int most_per_peer(const pd_transport *transport)
+{
+    int most = transport->backend->per_peer, others = transport->options.threads - 1;
+    return most <= others || !most ? most : others < 1 ? 1 : others;
+}
+
+/* What a thread does next; NULL: nothing that it may. */
+static op *next_op(pd_transport *transport)
+{
+    int most = most_per_peer(transport);
+    for (int i = 0; i < PRIORITIES; i++) {
+        op *head = transport->queues[i], *each = head;
+        if (head)
+            do {
+                bool held_up = each->kind == CONNECT ? most && transport->connecting >= most : most && each->peer->busy >= most;
+                if (!held_up)
+                    return each;
+            } while ((each = each->next) != head);
+    }
+    return NULL;
+}
+
+/* One slice of a read; called and returns under the lock. */
 static void copy_slice(pd_transport *transport, op *read, pd_piece *pieces)
 {
     pd_slice slice;
-    void *own = read->peer->own;
+    peer *owner = read->peer;
+    void *own = owner->own;
     pd_taken *taken = take(transport, read, pieces, &slice);
     if (!taken)
         return;
+    owner->busy++;
     pthread_mutex_unlock(&transport->lock);
     pd_status status = transport->backend->read(own, &slice);
     if (status == PD_DONE)
         status = scatter(transport, taken);
     pthread_mutex_lock(&transport->lock);
+    if (owner->busy-- == most_per_peer(transport))
+        pthread_cond_broadcast(&transport->work); /* others may have passed its reads by */
     give(transport, taken, status, status == PD_DONE ? "" : pd_last_error());
 }
 
@@ -320,9 +347,12 @@ static void connect_peer(pd_transport *transport, op *each)
 {
     unqueue(transport, each);
     peer *owner = each->peer;
+    transport->connecting++;
     pthread_mutex_unlock(&transport->lock);
     void *own = transport->backend->connect(transport->own, each->remote, each->remote_bytes);
     pthread_mutex_lock(&transport->lock);
+    if (transport->connecting-- == most_per_peer(transport))
+        pthread_cond_broadcast(&transport->work);
     owner->own = own;
     bool known = pd_table_get(&transport->peers, owner->number) == owner;
     owner->dialling = each;
@@ -356,9 +386,7 @@ static void *run_thread(void *argument)
     pd_piece *pieces = calloc(PD_SLICE_PIECES, sizeof *pieces);
     pthread_mutex_lock(&transport->lock);
     while (!transport->stop) {
-        op *next = NULL;
-        for (int i = 0; i < PRIORITIES && !next; i++)
-            next = transport->queues[i];
+        op *next = next_op(transport);
         if (!next)
             pthread_cond_wait(&transport->work, &transport->lock);
         else if (next->kind == CONNECT)

@@ -15,7 +15,8 @@ typedef struct visit {
     service *all;
     pthread_t thread;
     int fd;
-    atomic_bool over; /* its thread has nothing left to do */
+    atomic_bool over;    /* its thread has nothing left to do */
+    atomic_bool greeted;
     void *state;
     service_ask asked;
     service_piece pieces[PD_SLICE_PIECES];
@@ -206,6 +207,7 @@ static void *run_visit(void *argument)
     service_head head;
     bool (*begin)(void *, int) = each->all->hooks->begin;
     bool goes_on = greet(each);
+    atomic_store(&each->greeted, true);
     while (goes_on && service_get(each->fd, &head, sizeof head, -1, NULL)) {
         if (head.kind == SERVICE_MEMORY && !head.bytes)
             goes_on = tell_memory(each);
@@ -225,8 +227,25 @@ static void *run_visit(void *argument)
 
 /* --- listening ---------------------------------------------------------------------------------------------------- */
 
+/* Silent strangers must not keep readers out. */
+static void show_out(service *all)
+{
+    unsigned strangers = 0;
+    const visit *oldest = NULL;
+    pthread_mutex_lock(&all->lock);
+    for (const visit *each = all->visits; each; each = each->next) /* the newest first */
+        if (!atomic_load(&each->greeted)) {
+            strangers++;
+            oldest = each;
+        }
+    if (strangers >= SERVICE_STRANGERS)
+        shutdown(oldest->fd, SHUT_RDWR);
+    pthread_mutex_unlock(&all->lock);
+}
+
 static void begin_visit(service *all, int fd)
 {
+    show_out(all);
     visit *made = all->num_visits < SERVICE_CONNECTIONS ? calloc(1, sizeof *made) : NULL;
     if (!made || !service_block(fd)) {
         free(made);

@@ -27,6 +27,7 @@ enum {
     SERVICE_INSTANCE = 16,
     SERVICE_EXTRA = 8192,       /* bytes of a backend's own in the answer to HELLO */
     SERVICE_EXPORT = 64,        /* bytes by which another process finds a region */
+    SERVICE_STRANGERS = 64, /* of them that have not greeted: then the oldest goes */
     SERVICE_CONNECTIONS = 512,  /* that an owner serves at once */
     SERVICE_MESSAGE = 16 << 20, /* bytes of the largest message */
     SERVICE_STALE = 100,        /* a status: the reader knows memory that is not registered any more */

@@ -15,12 +15,12 @@ from pd_connector.transport.native import NativeTransport, Threads, addresses, c
 from pd_connector.transport.options import Listening, parse_listening
 
 _SETTINGS = struct.Struct("=I")
-_THREADS = 2
+_THREADS = 4
 """One of which reads from a peer at a time, for both sides of a communicator must issue the same in the same order."""
 
 
 class HcclOptions(Listening, frozen=True, forbid_unknown_fields=True):
-    """``threads`` that read at once, each from a peer of its own (0: two). ``transfer_ms`` until a peer that does not
+    """``threads`` that read at once, each from a peer of its own (0: four). ``transfer_ms`` until a peer that does not
     answer counts as gone."""
 
     threads: Threads = 0

@@ -15,20 +15,22 @@ from pd_connector.transport.native import NativeTransport, Threads, addresses, c
 from pd_connector.transport.options import Listening, parse_listening
 
 _SETTINGS = struct.Struct("=iII16s")
-_THREADS = 4
-"""That ask and wait for HIXL at once: a link of 100 GB/s moves a slice, 4 MiB, in the time of a question."""
+_THREADS = 8
+"""That ask and wait for HIXL at once, four for one peer: a link of 100 GB/s moves a slice, 4 MiB, in the time of a
+question."""
 
 
 class HixlOptions(Listening, frozen=True, forbid_unknown_fields=True):
-    """``threads`` that read at once (0: four). ``device`` for an agent that has no memory on one (-1: device 0).
-    ``transfer_ms`` and ``link_ms`` until a peer that does not answer counts as gone. ``buffer_pool`` is HIXL's option
-    of that name ("0:0": straight from and into registered memory; "" leaves it alone)."""
+    """``threads`` that read at once, at most four from one peer (0: eight). ``device`` for an agent that has no memory
+    on one (-1: device 0). ``transfer_ms`` and ``link_ms`` until a peer that does not answer counts as gone.
+    ``buffer_pool`` is HIXL's option of that name ("0:0": straight from and into registered memory; "" leaves it
+    alone)."""
 
     threads: Threads = 0
     device: Annotated[int, Meta(ge=-1, le=1024)] = -1
     transfer_ms: Annotated[int, Meta(ge=10, le=60000)] = 3000
     link_ms: Annotated[int, Meta(ge=10, le=60000)] = 1500
-    buffer_pool: Annotated[str, Meta(max_length=15)] = "0:0"
+    buffer_pool: Annotated[str, Meta(pattern=r"^([0-9]{1,6}:[0-9]{1,6})?$")] = "0:0"
 
 
 class HixlTransport(NativeTransport):

@@ -24,22 +24,24 @@ class DeviceOrder:
         self._events: Any = getattr(torch, next(iter(kinds)).value) if kinds else None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="pdc-device-order") if kinds else None
 
-    def after(self, do: Callable[[], None]) -> None:
-        """On the thread whose current stream the engine launches to."""
+    def after(self, do: Callable[[], None], *, anyway: bool = False) -> None:
+        """On the thread whose current stream the engine launches to. ``anyway``: also when the device failed."""
         if self._waiter is None:
             do()
             return
         event = self._events.Event(blocking=True)
         event.record()
-        self._waiter.submit(self._when, event, do)
+        self._waiter.submit(self._when, event, do, anyway)
 
     @staticmethod
-    def _when(event: Any, do: Callable[[], None]) -> None:
+    def _when(event: Any, do: Callable[[], None], anyway: bool) -> None:
         try:
             event.synchronize()
-            do()
-        except Exception:  # the device's own error ends the engine; nothing of what failed was told to anybody
-            logger.exception("what waited for the device was given up")
+        except Exception:  # the device's own error ends the engine, too
+            logger.exception("the device failed in what it was to finish first")
+            if not anyway:
+                return  # it is not offered
+        do()
 
     def close(self) -> None:
         """What still waits is given up."""

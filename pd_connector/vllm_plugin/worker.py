@@ -27,6 +27,8 @@ from pd_connector.vllm_plugin.turn_pool import TurnPool
 
 logger = logging.getLogger(__name__)
 
+_VOID = 4096
+"""Epochs that ended last: a device is never so many steps behind."""
 _ORDER_SECONDS = 30.0
 """How long the engine waits for an end of leases to be applied; the portal answers in milliseconds unless starved."""
 
@@ -87,6 +89,7 @@ class PDWorker:
         self._numbers: dict[str, int] = {}
         self._waiting = False
         self._leases: dict[int, _Lease] = {}
+        self._void: dict[tuple[int, int], None] = {}  # the engine's thread writes it
         self._failed_blocks: set[int] = set()
         self._next_look = 0.0
         self._seen: tuple[Counter[str], dict[str, int]] = (Counter(), {})
@@ -131,12 +134,18 @@ class PDWorker:
         if orders.instance:
             self._portal.call(self._agent.belong_to, orders.instance)
         if orders.ends:
+            # What a device is still to finish of these epochs must not be offered when it has.
+            self._void.update(((number, epoch), None) for number, epoch, _, _ in orders.ends)
+            while len(self._void) > _VOID:
+                del self._void[next(iter(self._void))]
             self._portal.call(self._end, orders.ends, timeout=_ORDER_SECONDS)
         if orders.pool_ends and self._pool is not None:
             self._portal.call(self._pool.end, orders.pool_ends, timeout=_ORDER_SECONDS)
         o = orders
-        if any((o.grants, o.saves, o.ready, o.closes, o.drops, o.extends, o.aborts, o.loads)):
-            self._order.after(partial(self._portal.post, self._carry_out, orders))
+        if any((o.grants, o.saves, o.ready, o.closes, o.drops, o.extends)):
+            self._portal.post(self._carry_out, orders)
+        if o.loads or o.aborts:
+            self._order.after(partial(self._portal.post, self._start_loads, orders), anyway=True)
         self._waiting = orders.waiting
 
     def computed(self, orders: StepOrders) -> None:
@@ -168,6 +177,10 @@ class PDWorker:
             self._leases.pop(number, None)
         for number in orders.extends:
             self._agent.extend(number)
+
+    def _start_loads(self, orders: StepOrders) -> None:
+        """No kernel touches their blocks any more: of a request that had them before, say."""
+        assert self._agent is not None
         for load in orders.loads:
             self._load(load)
         for request_id in orders.aborts:
@@ -207,7 +220,8 @@ class PDWorker:
         assert self._agent is not None
         for growth in growths:
             lease = self._leases.get(growth.ticket.lease)
-            if lease is None or lease.ended or lease.epoch != growth.ticket.epoch:
+            key = growth.ticket.lease, growth.ticket.epoch
+            if lease is None or lease.ended or lease.epoch != growth.ticket.epoch or key in self._void:
                 continue  # it has ended meanwhile
             try:
                 self._agent.grow(growth.ticket, growth.tokens, complete=growth.complete)

@@ -68,7 +68,7 @@ static void make(pd_transport **out)
 {
     pd_options options = {.threads = 1, .host = "127.0.0.1", .advertise = "127.0.0.1"};
     pd_grid grid = {0, 0, GUARD, STRIDE, BLOCK, BLOCKS};
-    pd_region region = {(uint64_t)(uintptr_t)memory, sizeof memory, -1, 0, 0, 0};
+    pd_region region = {.address = (uint64_t)(uintptr_t)memory, .length = sizeof memory, .fd = -1};
     assert(!pd_open("tcp", &options, out));
     assert(!pd_register(*out, &region, 1, &grid, 1));
 }

@@ -13,7 +13,7 @@ import pytest
 
 from .engine import BLOCK, reference
 from .pair import PREFILL, Pair, words
-from .test_streams import CHUNK, Streamed, usable
+from .test_streams import CHUNK, PROMPT, Streamed, preempt, usable
 
 pytestmark = pytest.mark.skipif(os.environ.get("PDC_TEST_DEVICE") != "npu", reason="host memory knows no such order")
 
@@ -23,9 +23,9 @@ def busy() -> Iterator[threading.Event]:
     """The device is at work from now on, until this is set."""
     from tests.ascend_emulated.torch_npu import Event
 
-    Event.busy = threading.Event()
-    yield Event.busy
-    Event.busy.set()
+    held = Event.busy = threading.Event()
+    yield held
+    held.set()
     Event.busy = None
 
 
@@ -68,4 +68,27 @@ def test_blocks_are_not_read_into_before_the_device_has_left_them(
     busy.set()
     pair.until(lambda: "d" in pair.decode.ended)
     assert pair.decode.tokens["d"] == reference(prompt, 3)
+    pair.settle()
+
+
+def test_an_epoch_that_ended_meanwhile_is_not_offered(engine: Callable[..., Any], busy: threading.Event) -> None:
+    """A launched chunk's request is preempted and its blocks are another's before the device is done with it."""
+    from tests.ascend_emulated.torch_npu import Event
+
+    pair = Streamed(engine("kv_producer", budget=CHUNK, blocks=32), engine("kv_consumer", {"audit": True}))
+    prompt = words(PROMPT)
+    pair.begin("r", prompt)
+    pair.prefill.step()
+    assert pair.prefill.scheduler.requests["r"].num_computed_tokens
+    Event.busy = None  # what is launched from now on is done at once
+    preempt(pair.prefill, "r")
+    waiting = pair.prefill.scheduler.waiting
+    waiting.remove_request(request := pair.prefill.scheduler.requests["r"])
+    pair.prefill.add("squatter", words(30 * BLOCK, 7))
+    waiting.add_request(request)
+    pair.prefill.step()  # ends the epoch; the squatter writes to the old blocks
+    busy.set()
+    stepped(pair.decode)
+    assert usable(pair.decode) == 0
+    pair.answered("r", prompt)
     pair.settle()
