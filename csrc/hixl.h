@@ -18,7 +18,6 @@
 enum {
     HIXL_MAX_REGIONS = 256,
     HIXL_ENGINE = 64, /* bytes of "address:port" */
-    HIXL_ALIGNMENT = 2 << 20, /* of device memory that goes over HCCS: its huge pages */
 };
 
 typedef enum { /* hixl::Status */

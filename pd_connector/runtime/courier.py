@@ -208,7 +208,7 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     """Options per transport: what the agent's own address implies, under what ``transport_options`` says."""
     local = {"cpus": list(config.io_cpus)}
     network = {"host": config.host, "advertise": advertised_host(config), **local}
-    wires = ("verbs", "hixl", "hccl", "tcp", "zmq", *registry.STAGED)
+    wires = ("cuda", "verbs", "hixl", "hccl", "tcp", "zmq", *registry.STAGED)
     implied: dict[str, dict[str, Any]] = {"shm": local} | dict.fromkeys(wires, network)
     given = config.transport_options
     return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}

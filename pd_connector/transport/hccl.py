@@ -8,10 +8,9 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from pd_connector.errors import TransportUnavailable
 from pd_connector.memory import MemoryKind
 from pd_connector.transport.base import Scope, Traits
-from pd_connector.transport.native import NativeTransport, Threads, addresses, check_cpus, require
+from pd_connector.transport.native import NativeTransport, Threads, addresses, check_cpus
 from pd_connector.transport.options import Listening, parse_listening
 
 _SETTINGS = struct.Struct("=I")
@@ -33,14 +32,6 @@ class HcclTransport(NativeTransport):
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.NPU}), Scope.NETWORK)
     attempt_s: ClassVar[float] = 4.0  # a communicator takes 0.2 to 3.4 s to make
     instead_of: ClassVar[str] = "hixl"
-
-    @classmethod
-    def probe(cls, options: Mapping[str, Any]) -> str | None:
-        try:
-            reason: str | None = require(cls.name).probe(cls.backend)
-        except TransportUnavailable as error:
-            return error.reason
-        return reason
 
     @classmethod
     def _open(cls, options: Mapping[str, Any]) -> Any:

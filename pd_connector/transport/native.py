@@ -100,10 +100,10 @@ class NativeTransport(Transport):
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
         try:
-            require(cls.name)
+            reason: str | None = require(cls.name).probe(cls.backend)
         except TransportUnavailable as error:
             return error.reason
-        return None
+        return reason
 
     def describe(self) -> bytes:
         return self._description
