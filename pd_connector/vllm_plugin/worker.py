@@ -27,8 +27,6 @@ from pd_connector.vllm_plugin.turn_pool import TurnPool
 
 logger = logging.getLogger(__name__)
 
-_VOID = 4096
-"""Epochs that ended last: a device is never so many steps behind."""
 _ORDER_SECONDS = 30.0
 """How long the engine waits for an end of leases to be applied; the portal answers in milliseconds unless starved."""
 
@@ -89,7 +87,6 @@ class PDWorker:
         self._numbers: dict[str, int] = {}
         self._waiting = False
         self._leases: dict[int, _Lease] = {}
-        self._void: dict[tuple[int, int], None] = {}  # the engine's thread writes it
         self._failed_blocks: set[int] = set()
         self._next_look = 0.0
         self._seen: tuple[Counter[str], dict[str, int]] = (Counter(), {})
@@ -134,10 +131,7 @@ class PDWorker:
         if orders.instance:
             self._portal.call(self._agent.belong_to, orders.instance)
         if orders.ends:
-            # What a device is still to finish of these epochs must not be offered when it has.
-            self._void.update(((number, epoch), None) for number, epoch, _, _ in orders.ends)
-            while len(self._void) > _VOID:
-                del self._void[next(iter(self._void))]
+            # At once: growths that still wait for the device come late then, and grants never wait behind their end.
             self._portal.call(self._end, orders.ends, timeout=_ORDER_SECONDS)
         if orders.pool_ends and self._pool is not None:
             self._portal.call(self._pool.end, orders.pool_ends, timeout=_ORDER_SECONDS)
@@ -220,8 +214,7 @@ class PDWorker:
         assert self._agent is not None
         for growth in growths:
             lease = self._leases.get(growth.ticket.lease)
-            key = growth.ticket.lease, growth.ticket.epoch
-            if lease is None or lease.ended or lease.epoch != growth.ticket.epoch or key in self._void:
+            if lease is None or lease.ended or lease.epoch != growth.ticket.epoch:
                 continue  # it has ended meanwhile
             try:
                 self._agent.grow(growth.ticket, growth.tokens, complete=growth.complete)
