@@ -34,7 +34,8 @@ VOCABULARY = range(256, 2000)
 """Tokens of prompts: those below are single bytes, of which vLLM makes odd texts."""
 LOGPROBS = {"logprobs": 2, "return_tokens_as_token_ids": True}
 TIE = 0.2
-"""Log-probabilities nearer than this are a tie: D's first token comes from a decode kernel, not from prefill's."""
+"""Log-probabilities nearer than this are a tie in bfloat16: D's first token comes from a decode kernel, not from
+prefill's. Prompts that are computed in pieces of unlike sizes differ by up to 0.7 there, with or without a transfer."""
 READY_SECONDS = 300.0
 
 
@@ -122,13 +123,13 @@ class Both:
         return self.answer
 
 
-def same(got: Answer, plain: Answer) -> None:
+def same(got: Answer, plain: Answer, tie: float = TIE) -> None:
     """Equal, or equal up to a tie; and until then each token as probable as in the plain run."""
     for at, (ours, theirs) in enumerate(zip(got.tokens, plain.tokens, strict=True)):
         if ours != theirs:
-            assert plain.margins[at] < TIE, f"token {at}: {ours} instead of {theirs}, which led by {plain.margins[at]}"
+            assert plain.margins[at] < tie, f"token {at}: {ours} instead of {theirs}, which led by {plain.margins[at]}"
             return
-        assert abs(got.scores[at] - plain.scores[at]) < 2 * TIE, f"token {at}: {got.scores[at]}, {plain.scores[at]}"
+        assert abs(got.scores[at] - plain.scores[at]) < 2 * tie, f"token {at}: {got.scores[at]}, {plain.scores[at]}"
 
 
 class Gauge:

@@ -33,7 +33,9 @@ CHUNK = 256
 PROMPT = 10 * CHUNK + 37
 PREFILL = {"do_remote_decode": True}
 GENERATED = 'generation_tokens_total{engine="0",model_name="demo"}'
-SLOW = ModelShape(layers=24, hidden=512, heads=8)
+TIE = 0.01
+"""Log-probabilities of float32."""
+SLOW = ModelShape(layers=12, hidden=512, heads=8)
 """A chunk takes long enough for a test to step in between two of them."""
 
 
@@ -49,6 +51,9 @@ class Pair:
         """Computed by D alone, under a salt that nothing was handed over with."""
         return ask(self.d, prompt, tokens, cache_salt=f"plain {time.monotonic()}")
 
+    def same(self, answer: Answer, prompt: list[int]) -> None:
+        same(answer, self.plain(prompt), TIE)
+
     def both(self, prompt: list[int]) -> Both:
         return Both(self.p, self.d, self.address, prompt)
 
@@ -62,9 +67,9 @@ class Pair:
 def servers_along(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     directory, port = tmp_path_factory.mktemp("along"), free_port()
     model = build_model(directory / "model", SLOW)
-    # Both in chunks: the plain answers that D computes are then those of the same sums in the same order.
+    # Prompts that share steps are cut where it falls: in float32 that makes no difference to be seen.
     common = ("--num-gpu-blocks-override", "32", "--max-model-len", "3072", "--max-num-seqs", "16")
-    common = (*common, "--max-num-batched-tokens", str(CHUNK))
+    common = (*common, "--max-num-batched-tokens", str(CHUNK), "--dtype", "float32")
     p = vllm_instance(
         "P", model, directory / "P.log", role="kv_both", core=0,
         extra={"port": port, "lease_seconds": 6.0, "audit": True}, arguments=(*common, "--no-enable-prefix-caching"),
@@ -100,7 +105,7 @@ def test_read_along(along: Pair, length: int) -> None:
     got = along.both(prompt).join()
     d.wait(5, transfers_done=1, tokens_recomputed=0)
     assert d.since("pdc_audit_digests_compared_total") == -(-length // BLOCK) * SLOW.layers
-    same(got, along.plain(prompt))
+    along.same(got, prompt)
     along.free()
 
 
@@ -111,7 +116,7 @@ def test_several_along(along: Pair) -> None:
     answers = [both.join() for both in running]
     d.wait(5, transfers_done=4, tokens_recomputed=0)
     for prompt, answer in zip(prompts, answers, strict=True):
-        same(answer, along.plain(prompt))
+        along.same(answer, prompt)
     along.free()
 
 
@@ -147,7 +152,7 @@ def test_through_the_router(along: Pair, tmp_path: Path) -> None:
             assert any(f'mode="{seed}"' in name and value == 1 for name, value in ways.items()), ways
         d.wait(5, transfers_done=2, tokens_recomputed=0)
         for prompt, answer in answers:
-            same(answer, along.plain(prompt))
+            along.same(answer, prompt)
     along.free()
 
 
@@ -186,18 +191,10 @@ def test_the_ledger_of_a_hundred_requests(along: Pair, tmp_path: Path) -> None:
     along.free()
 
 
-def likeliest(pair: Pair, prompt: list[int]) -> set[int]:
-    """The five likeliest first tokens, computed by D alone."""
-    asked = body(prompt, 1, logprobs=5, return_tokens_as_token_ids=True, cache_salt=f"plain {time.monotonic()}")
-    (found,) = pair.d.post("/v1/completions", asked)["choices"][0]["logprobs"]["top_logprobs"]
-    return {int(token.removeprefix("token_id:")) for token in found}
-
-
 @pytest.mark.parametrize("kind", ["continued", "edited", "chat"])
 def test_the_second_turn_is_read_from_the_decode_instance(along: Pair, tmp_path: Path, kind: str) -> None:
-    """P has no prefix cache. It reads what D kept of the first turn, and hands all of it over again. What D's decode
-    kernels computed differs a little from what a prefill computes, so a turn that goes on behind the answer is compared
-    with the five likeliest tokens; one whose end the client edited reads what was prefilled, and must be equal."""
+    """P has no prefix cache. It reads what D kept of the first turn, and hands all of it over again, what D's decode
+    steps computed too unless the client edited the end."""
     prompt = prompt_of(PROMPT - 500, seed=f"turns {kind}")
     p, d, history = Gauge(along.p), Gauge(along.d), []
     with router_before(along, tmp_path) as router:
@@ -222,11 +219,10 @@ def test_the_second_turn_is_read_from_the_decode_instance(along: Pair, tmp_path:
     p.wait(5, transfers_done=1)
     d.wait(5, turns_kept=2, tokens_recomputed=0)
     assert p.since("pdc_audit_digests_compared_total") == -(-second["reused"] // BLOCK) * SLOW.layers
-    if kind == "edited":
-        assert answer.tokens == along.plain(asked).tokens
-    elif kind == "continued":
+    if kind == "continued":
         assert second["reused"] == first["prompt"] + 5
-        assert answer.tokens[0] in likeliest(along, asked)
+    if kind != "chat":
+        along.same(answer, asked)
     along.free()
 
 
@@ -248,7 +244,7 @@ def test_preempted_midway(along: Pair) -> None:
         for filler in fillers:
             filler.join(120)
         d.wait(5, transfers_done=done, tokens_recomputed=0)
-        same(got, along.plain(prompt))
+        along.same(got, prompt)
         if d.event("transfers_failed"):
             break
     assert d.event("transfers_failed") > 0, "the epoch that was being read has ended"
@@ -284,5 +280,5 @@ def test_prefill_dies_midway(along: Pair, part: int) -> None:
     got = both.join()
     d.wait(5, transfers_failed=1)
     recomputed = d.event("tokens_recomputed")
-    same(got, along.plain(prompt))
+    along.same(got, prompt)
     assert 0 < recomputed <= PROMPT - part * CHUNK, f"{recomputed} recomputed after part {part}"
