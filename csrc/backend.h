@@ -42,6 +42,7 @@ typedef struct {
     unsigned char *dst;
     const unsigned char *src;
     uint64_t dst_stride, src_stride, bytes, count;
+    uint32_t flags; /* of the region that they go to */
 } pd_rows;
 
 enum { PD_MAX_ROWS = 256 };
@@ -71,8 +72,8 @@ typedef struct pd_backend {
     /* As many bytes as a slice has that its reads can write to, for slices of short runs; the backend's for as long as it
      * lives. Called under the core's lock. NULL after an error; no such function: any memory will do. */
     unsigned char *(*buffer)(void *own);
-    /* Copy at most PD_MAX_ROWS rows of such a buffer to where they belong, for memory that the processor cannot reach; on
-     * return they are there. */
+    /* Copy at most PD_MAX_ROWS rows of such a buffer to where they belong, where some of that is memory that the processor
+     * cannot reach; on return they are there. */
     pd_status (*place)(void *own, const pd_rows *rows, size_t count);
     /* Reader's side, of a backend with threads of its own, instead of `read`. `dial` starts to connect and ends with
      * pd_dialled; NULL after an error. `wake`: there is a slice to take, or one to give back because its read ended.

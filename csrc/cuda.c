@@ -13,13 +13,15 @@ cuda_library cuda;
 #define NEWER(name) {#name, offsetof(cuda_library, name), true}
 
 static const pd_symbol symbols[] = {
-    SYMBOL(cuInit), SYMBOL(cuDeviceGetCount), SYMBOL(cuDeviceGet), SYMBOL(cuDeviceGetUuid_v2),
+    SYMBOL(cuInit), SYMBOL(cuDeviceGetCount), SYMBOL(cuDeviceGet), SYMBOL(cuDeviceGetAttribute),
+    SYMBOL(cuDeviceGetPCIBusId), SYMBOL(cuDeviceGetUuid_v2),
     SYMBOL(cuDeviceCanAccessPeer), SYMBOL(cuDevicePrimaryCtxRetain), SYMBOL(cuDevicePrimaryCtxRelease_v2),
     SYMBOL(cuCtxGetCurrent), SYMBOL(cuCtxSetCurrent),
     SYMBOL(cuCtxGetDevice), SYMBOL(cuMemAlloc_v2), SYMBOL(cuMemFree_v2), SYMBOL(cuMemHostRegister_v2),
     SYMBOL(cuMemHostUnregister), SYMBOL(cuMemcpyAsync), NEWER(cuMemcpyBatchAsync), SYMBOL(cuStreamCreate),
     SYMBOL(cuStreamDestroy_v2), SYMBOL(cuStreamQuery),
-    SYMBOL(cuPointerGetAttribute), SYMBOL(cuMemGetAddressRange_v2), SYMBOL(cuIpcGetMemHandle),
+    SYMBOL(cuPointerGetAttribute), SYMBOL(cuMemGetAddressRange_v2),
+    NEWER(cuMemGetHandleForAddressRange), NEWER(cuFlushGPUDirectRDMAWrites), SYMBOL(cuIpcGetMemHandle),
     SYMBOL(cuIpcOpenMemHandle_v2), SYMBOL(cuIpcCloseMemHandle), SYMBOL(cuModuleLoadData),
     SYMBOL(cuModuleGetFunction), SYMBOL(cuModuleUnload), SYMBOL(cuLaunchKernel), SYMBOL(cuGetErrorName),
 };
@@ -95,6 +97,23 @@ int cuda_device_of(cuda_pointer at)
     return device;
 }
 
+int cuda_device_of_all(const pd_memory *memory, int *out)
+{
+    *out = -1;
+    for (size_t i = 0; i < memory->num_regions; i++) {
+        const pd_region *region = &memory->regions[i];
+        if (!(region->flags & PD_OF_DEVICE))
+            continue;
+        int here = cuda_device_of(region->address);
+        if (here < 0)
+            return pd_fail(EINVAL, "memory at %#llx is not of a GPU", (unsigned long long)region->address);
+        if (*out >= 0 && here != *out)
+            return pd_fail(EINVAL, "memory lies on GPU %d and on GPU %d: use an agent for each", *out, here);
+        *out = here;
+    }
+    return 0;
+}
+
 int cuda_context_open(cuda_context *out, int ordinal)
 {
     cuda_context made = {NULL, 0};
@@ -131,4 +150,25 @@ void cuda_leave(void *before)
     void *current = NULL;
     if (!cuda.cuCtxGetCurrent(&current) && current != before)
         cuda.cuCtxSetCurrent(before);
+}
+
+int cuda_pin(const cuda_context *each, void *at, size_t bytes, bool *reachable)
+{
+    cuda_pointer there = 0, here = (uintptr_t)at;
+    void *before = NULL;
+    if (cuda_enter(each, &before))
+        return -EIO;
+    cuda_error error = cuda.cuMemHostRegister_v2(at, bytes, CUDA_HOST_PORTABLE | CUDA_HOST_MAPPED);
+    *reachable = !error && !cuda.cuPointerGetAttribute(&there, CUDA_POINTER_DEVICE_POINTER, here) && there == here;
+    cuda_leave(before);
+    return error ? cuda_failed("host memory cannot be pinned", error) : 0;
+}
+
+void cuda_unpin(const cuda_context *each, void *at)
+{
+    void *before = NULL;
+    if (cuda_enter(each, &before))
+        return;
+    cuda.cuMemHostUnregister(at);
+    cuda_leave(before);
 }

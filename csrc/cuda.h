@@ -24,6 +24,10 @@ enum { CUDA_HOST_PORTABLE = 1, CUDA_HOST_MAPPED = 2 };
 enum { CUDA_STREAM_NON_BLOCKING = 1 };
 enum { CUDA_IPC_BYTES = 64, CUDA_IPC_LAZY_PEER_ACCESS = 1, CUDA_UUID_BYTES = 16 };
 enum { CUDA_ORDER_OF_STREAM = 1 };
+enum { CUDA_DEVICE_FLUSH_OPTIONS = 117, CUDA_DEVICE_WRITES_ORDERING = 118 };
+enum { CUDA_FLUSH_BY_HOST = 1, CUDA_ORDERED_FOR_OWNER = 100 }; /* values of these */
+enum { CUDA_FLUSH_CURRENT_CONTEXT = 0, CUDA_FLUSH_TO_OWNER = 100 };
+enum { CUDA_HANDLE_DMA_BUF = 1 };
 
 typedef struct {
     unsigned char bytes[CUDA_IPC_BYTES];
@@ -52,6 +56,8 @@ typedef struct {
     cuda_error (*cuInit)(unsigned flags);
     cuda_error (*cuDeviceGetCount)(int *count);
     cuda_error (*cuDeviceGet)(int *device, int ordinal);
+    cuda_error (*cuDeviceGetAttribute)(int *out, int attribute, int device);
+    cuda_error (*cuDeviceGetPCIBusId)(char *out, int room, int device);
     cuda_error (*cuDeviceGetUuid_v2)(cuda_uuid *out, int device);
     cuda_error (*cuDeviceCanAccessPeer)(int *can, int device, int peer);
     cuda_error (*cuDevicePrimaryCtxRetain)(void **context, int device);
@@ -72,6 +78,9 @@ typedef struct {
     cuda_error (*cuStreamQuery)(void *stream);
     cuda_error (*cuPointerGetAttribute)(void *out, int attribute, cuda_pointer at);
     cuda_error (*cuMemGetAddressRange_v2)(cuda_pointer *base, size_t *bytes, cuda_pointer at);
+    cuda_error (*cuMemGetHandleForAddressRange)(void *out, cuda_pointer at, size_t bytes, int kind,
+                                                unsigned long long flags); /* optional */
+    cuda_error (*cuFlushGPUDirectRDMAWrites)(int target, int scope);       /* optional */
     cuda_error (*cuIpcGetMemHandle)(cuda_ipc_handle *out, cuda_pointer base);
     cuda_error (*cuIpcOpenMemHandle_v2)(cuda_pointer *out, cuda_ipc_handle handle, unsigned flags);
     cuda_error (*cuIpcCloseMemHandle)(cuda_pointer at);
@@ -92,6 +101,8 @@ int cuda_probe(void); /* the same: there is a GPU too, and it can be used */
 int cuda_failed(const char *what, cuda_error error);
 /* The device that memory lies on; -1: it is the host's, or nobody's. */
 int cuda_device_of(cuda_pointer at);
+/* The one that all regions of devices lie on; -1: there are none. Negative after pd_fail: on several, or on none. */
+int cuda_device_of_all(const pd_memory *memory, int *out);
 
 typedef struct { /* of a device: its primary one, which is the one that engines use too */
     void *handle;
@@ -104,5 +115,8 @@ void cuda_context_close(cuda_context *each);           /* also of one that is al
  * Negative after pd_fail, and nothing to leave. */
 int cuda_enter(const cuda_context *each, void **before);
 void cuda_leave(void *before);
+/* Let the GPU read and write host memory; `reachable`: its kernels find it at the same address. Negative after pd_fail. */
+int cuda_pin(const cuda_context *each, void *at, size_t bytes, bool *reachable);
+void cuda_unpin(const cuda_context *each, void *at);
 
 #endif

@@ -121,21 +121,6 @@ static int cuda_describe(void *own, unsigned char *out, size_t room)
     return sizeof where;
 }
 
-/* The GPU that all regions lie on, negative after pd_fail. */
-static int device_of(const pd_memory *memory)
-{
-    int device = -1;
-    for (size_t i = 0; i < memory->num_regions; i++) {
-        int here = cuda_device_of(memory->regions[i].address);
-        if (here < 0)
-            return pd_fail(EINVAL, "memory at %#llx is not of a GPU", (unsigned long long)memory->regions[i].address);
-        if (i && here != device)
-            return pd_fail(EINVAL, "memory lies on GPU %d and on GPU %d: use an agent for each", device, here);
-        device = here;
-    }
-    return device;
-}
-
 /* What reads need, once the GPU is known. */
 static int begin(cuda_agent *all, int device)
 {
@@ -167,8 +152,8 @@ static int cuda_publish(void *own, pd_memory *memory)
     void *before;
     if (!memory->num_regions)
         return service_publish(all->service, memory, NULL);
-    int device = device_of(memory);
-    if (device < 0 || begin(all, device) || cuda_enter(&all->mover.context, &before))
+    int device;
+    if (cuda_device_of_all(memory, &device) || begin(all, device) || cuda_enter(&all->mover.context, &before))
         return -EINVAL;
     service_export *exports = cuda_export(memory);
     cuda_leave(before);
@@ -363,21 +348,7 @@ static unsigned char *cuda_buffer(void *own)
 static pd_status cuda_place(void *own, const pd_rows *rows, size_t count)
 {
     cuda_agent *all = own;
-    pd_move moves[MOVES];
-    size_t listed = 0;
-    int error = 0;
-    for (const pd_rows *each = rows; !error && each < rows + count; each++)
-        for (uint64_t i = 0; !error && i < each->count; i++) {
-            moves[listed++] = (pd_move){(uintptr_t)each->dst + i * each->dst_stride,
-                                        (uintptr_t)each->src + i * each->src_stride, each->bytes};
-            if (listed == MOVES) {
-                error = cuda_mover_run(&all->mover, moves, listed, true, (int)all->settings.transfer_ms, all->core);
-                listed = 0;
-            }
-        }
-    if (!error && listed)
-        error = cuda_mover_run(&all->mover, moves, listed, true, (int)all->settings.transfer_ms, all->core);
-    return error ? PD_ERROR : PD_DONE;
+    return cuda_mover_place(&all->mover, rows, count, true, (int)all->settings.transfer_ms, all->core) ? PD_ERROR : PD_DONE;
 }
 
 const pd_backend pd_cuda_ipc = {

@@ -211,6 +211,25 @@ int cuda_mover_run(cuda_mover *each, const pd_move *moves, size_t count, bool re
     return error;
 }
 
+int cuda_mover_place(cuda_mover *each, const pd_rows *rows, size_t count, bool reachable, int milliseconds,
+                     pd_transport *core)
+{
+    enum { MOVES = 1024 };
+    pd_move moves[MOVES];
+    size_t listed = 0;
+    int error = 0;
+    for (const pd_rows *row = rows; !error && row < rows + count; row++)
+        for (uint64_t i = 0; !error && i < row->count; i++) {
+            moves[listed++] = (pd_move){(uintptr_t)row->dst + i * row->dst_stride,
+                                        (uintptr_t)row->src + i * row->src_stride, row->bytes};
+            if (listed < MOVES)
+                continue;
+            error = cuda_mover_run(each, moves, listed, reachable, milliseconds, core);
+            listed = 0;
+        }
+    return error || !listed ? error : cuda_mover_run(each, moves, listed, reachable, milliseconds, core);
+}
+
 /* --- the whole ---------------------------------------------------------------------------------------------------- */
 
 int cuda_mover_open(cuda_mover *out, int ordinal)

@@ -29,5 +29,8 @@ void cuda_mover_close(cuda_mover *each);           /* also of one that is all ze
  * still write. */
 int cuda_mover_run(cuda_mover *each, const pd_move *moves, size_t count, bool reachable, int milliseconds,
                    pd_transport *core);
+/* The same for rows. */
+int cuda_mover_place(cuda_mover *each, const pd_rows *rows, size_t count, bool reachable, int milliseconds,
+                     pd_transport *core);
 
 #endif

@@ -39,6 +39,12 @@ int pd_device_index(const char *name, uint64_t at)
     return !found ? -1 : found->index_of ? found->index_of(pointer(at)) : 0;
 }
 
+int pd_device_pci(const char *name, int index, char *out, int room)
+{
+    const pd_device_kind *found = find(name);
+    return !found ? -ENOENT : found->pci ? found->pci(index, out, room) : pd_fail(ENOTSUP, "a %s has none that is told", name);
+}
+
 int pd_device_open(const char *name, int index, pd_device **out)
 {
     const pd_device_kind *found = find(name);

@@ -18,6 +18,7 @@ typedef struct pd_device_kind {
     const char *name;
     int (*probe)(void);          /* 0, or why there is none here; NULL: there is one everywhere */
     int (*index_of)(const void *at); /* of the one that memory lies on, -1: of none; NULL: there is only number 0 */
+    int (*pci)(int index, char *out, int room); /* its PCI address; NULL: it has none that is told */
     void *(*open)(int index);    /* -1: the calling thread's current one; NULL after pd_fail */
     void (*close)(void *own);
     void *(*alloc)(void *own, size_t bytes); /* its own memory, aligned to a page; NULL after pd_fail */
@@ -35,6 +36,7 @@ typedef struct pd_device pd_device;
 
 int pd_device_probe(const char *name); /* is there one here at all? */
 int pd_device_index(const char *name, uint64_t at); /* of the device that memory lies on; -1 */
+int pd_device_pci(const char *name, int index, char *out, int room);
 int pd_device_open(const char *name, int index, pd_device **out);
 void pd_device_close(pd_device *device);
 int pd_device_alloc(pd_device *device, size_t bytes, uint64_t *out);

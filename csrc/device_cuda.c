@@ -30,6 +30,17 @@ static int index_of(const void *at)
     return cuda_probe() ? -1 : cuda_device_of((uintptr_t)at);
 }
 
+static int pci(int index, char *out, int room)
+{
+    int device;
+    if (cuda_probe())
+        return -ENODEV;
+    cuda_error error = cuda.cuDeviceGet(&device, index);
+    if (!error)
+        error = cuda.cuDeviceGetPCIBusId(out, room, device);
+    return error ? cuda_failed("the GPU has no PCI address", error) : 0;
+}
+
 static void *open_(int index)
 {
     gpu *made = calloc(1, sizeof *made);
@@ -46,17 +57,13 @@ static void *open_(int index)
 static void close_(void *own)
 {
     gpu *each = own;
-    void *before;
-    bool quiet = !each->mover.stuck && !cuda_enter(&each->mover.context, &before);
     while (each->pinned) {
         pinned *gone = each->pinned;
         each->pinned = gone->next;
-        if (quiet)
-            cuda.cuMemHostUnregister((void *)(uintptr_t)gone->at);
+        if (!each->mover.stuck)
+            cuda_unpin(&each->mover.context, (void *)(uintptr_t)gone->at);
         free(gone);
     }
-    if (quiet)
-        cuda_leave(before);
     cuda_mover_close(&each->mover);
     pthread_rwlock_destroy(&each->lock);
     free(each);
@@ -94,23 +101,14 @@ static void release(void *own, void *at)
 static int pin(void *own, void *at, size_t bytes)
 {
     gpu *each = own;
-    void *before;
     pinned *made = calloc(1, sizeof *made);
     if (!made)
         return pd_fail(ENOMEM, "no memory");
-    if (cuda_enter(&each->mover.context, &before)) {
-        free(made);
-        return -EIO;
-    }
-    cuda_error error = cuda.cuMemHostRegister_v2(at, bytes, CUDA_HOST_PORTABLE | CUDA_HOST_MAPPED);
-    cuda_pointer there = 0;
     *made = (pinned){NULL, (uintptr_t)at, bytes, false};
-    if (!error && !cuda.cuPointerGetAttribute(&there, CUDA_POINTER_DEVICE_POINTER, made->at))
-        made->reachable = there == made->at;
-    cuda_leave(before);
+    int error = cuda_pin(&each->mover.context, at, bytes, &made->reachable);
     if (error) {
         free(made);
-        return cuda_failed("host memory cannot be pinned", error);
+        return error;
     }
     pthread_rwlock_wrlock(&each->lock);
     made->next = each->pinned;
@@ -122,7 +120,6 @@ static int pin(void *own, void *at, size_t bytes)
 static void unpin(void *own, void *at)
 {
     gpu *each = own;
-    void *before;
     pinned *gone;
     pthread_rwlock_wrlock(&each->lock);
     pinned **link = &each->pinned;
@@ -131,10 +128,8 @@ static void unpin(void *own, void *at)
     if ((gone = *link))
         *link = gone->next;
     pthread_rwlock_unlock(&each->lock);
-    if (gone && !cuda_enter(&each->mover.context, &before)) {
-        cuda.cuMemHostUnregister(at);
-        cuda_leave(before);
-    }
+    if (gone)
+        cuda_unpin(&each->mover.context, at);
     free(gone);
 }
 
@@ -167,6 +162,7 @@ const pd_device_kind pd_cuda = {
     .name = "cuda",
     .probe = cuda_probe,
     .index_of = index_of,
+    .pci = pci,
     .open = open_,
     .close = close_,
     .alloc = alloc,

@@ -25,6 +25,18 @@ static PyObject *index_(PyObject *self, PyObject *args)
     return PyArg_ParseTuple(args, "sK:device_index", &name, &at) ? PyLong_FromLong(pd_device_index(name, at)) : NULL;
 }
 
+static PyObject *pci(PyObject *self, PyObject *args)
+{
+    (void)self;
+    const char *name;
+    int index;
+    char found[64];
+    if (!PyArg_ParseTuple(args, "si:device_pci", &name, &index))
+        return NULL;
+    int error = pd_device_pci(name, index, found, sizeof found);
+    return error ? result(error) : PyUnicode_FromString(found);
+}
+
 static PyObject *open_(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -137,6 +149,7 @@ static PyObject *move(PyObject *self, PyObject *args)
 
 PyMethodDef device_methods[] = {
     {"device_probe", probe, METH_O, "device_probe(kind) -> why there is none here, or None"},
+    {"device_pci", pci, METH_VARARGS, "device_pci(kind, index) -> its PCI address"},
     {"device_index", index_, METH_VARARGS, "device_index(kind, address) -> of the one that memory lies on, or -1"},
     {"device_open", open_, METH_VARARGS, "device_open(kind, index, -1: the current one) -> handle"},
     {"device_close", close_, METH_O, "device_close(handle)"},

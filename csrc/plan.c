@@ -261,12 +261,14 @@ static pd_status copy_rows(pd_transport *transport, const pd_rows *rows, size_t 
 /* Put what came as spans in its places; anything but PD_DONE after pd_fail. */
 pd_status scatter(pd_transport *transport, const pd_taken *taken)
 {
+    const pd_memory *memory = taken->read->memory;
     const unsigned char *from = taken->buffer;
     pd_rows rows[PD_MAX_ROWS];
     size_t count = 0;
     for (size_t i = 0; i < taken->spans; i++) {
         const pd_pattern *pattern = taken->span[i].pattern;
         uint64_t src, dst, bytes;
+        uint32_t flags = memory->regions[memory->grids[pattern->dst_grid].region].flags;
         measure(pattern, &src, &dst, &bytes);
         for (uint64_t a = 0; a < pattern->dims[0].count; a++)
             for (uint64_t b = 0; b < pattern->dims[1].count; b++) {
@@ -277,6 +279,7 @@ pd_status scatter(pd_transport *transport, const pd_taken *taken)
                     .src_stride = pattern->dims[2].src_stride,
                     .bytes = pattern->bytes,
                     .count = pattern->dims[2].count,
+                    .flags = flags,
                 };
                 if (count < PD_MAX_ROWS)
                     continue;

@@ -97,6 +97,7 @@ static void verbs_close(void *own)
     buffers_free(all);
     keys_release(all->keys);
     rails_close(all);
+    gpu_close(all);
     for (int i = 0, fds[] = {all->bell.fd, all->epoll, all->spare}; i < 3; i++)
         if (fds[i] >= 0)
             close(fds[i]);
@@ -108,7 +109,7 @@ static void verbs_close(void *own)
 
 static int publish(verbs *all, pd_memory *memory)
 {
-    keys *made = keys_make(all, memory);
+    keys *made = gpu_publish(all, memory) ? NULL : keys_make(all, memory);
     if (!made)
         return -EIO; /* the old ones stand */
     pthread_mutex_lock(&all->lock);
@@ -229,6 +230,7 @@ const pd_backend pd_verbs = {
     .revoke = verbs_revoke,
     .can_reach = verbs_can_reach,
     .buffer = buffer_make,
+    .place = verbs_place,
     .dial = verbs_dial,
     .disconnect = verbs_disconnect,
     .wake = verbs_wake,

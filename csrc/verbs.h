@@ -19,6 +19,7 @@
 #ifndef PD_VERBS_H
 #define PD_VERBS_H
 
+#include "cuda_mover.h"
 #include "grants.h"
 #include "ibverbs.h"
 #include "net.h"
@@ -163,8 +164,17 @@ struct rail {
 typedef struct buffer {
     struct buffer *next;
     unsigned char *bytes;
+    bool pinned, reachable; /* for a GPU; also for its kernels */
     ib_mr *mrs[VERBS_RAILS];
 } buffer;
+
+/* What memory of a GPU needs beside its registration, once there is some: the GPU itself, which puts short runs in their
+ * places, and on some machines a flush before it sees what RDMA devices wrote. */
+typedef struct {
+    cuda_mover mover;
+    atomic_bool ready;
+    bool flushes;
+} verbs_gpu;
 
 /* Registered memory: one key per rail and chunk of a region. */
 typedef struct keys keys;
@@ -250,6 +260,7 @@ struct verbs {
     uint64_t next_serial;
     flight *spare_flights;
     buffer *buffers;
+    verbs_gpu gpu;
     verbs_piece list[VERBS_PIECES]; /* of a WRITE that is being made */
     pd_piece pieces[PD_SLICE_PIECES];
 };
@@ -270,6 +281,15 @@ const ib_mr *keys_find(const keys *each, int index, uint64_t at, uint64_t *bytes
 const ib_mr *destination_find(const verbs *all, const keys *each, int index, uint64_t at, uint64_t *bytes);
 unsigned char *buffer_make(void *own);
 void buffers_free(verbs *all);
+
+/* verbs_gpu.c */
+int gpu_publish(verbs *all, const pd_memory *memory); /* before it is registered; negative after pd_fail */
+/* A descriptor for a region, to be closed, and where in its dma-buf the region starts; negative after pd_fail. */
+int gpu_dma_buf(const verbs *all, const pd_region *region, uint64_t *offset);
+bool gpu_flush(verbs *all); /* what RDMA devices wrote is visible to what the GPU does from now on; false after pd_fail */
+bool gpu_unpin(verbs *all, const buffer *each); /* false: a GPU that is stuck may still read it */
+pd_status verbs_place(void *own, const pd_rows *rows, size_t count);
+void gpu_close(verbs *all);
 
 /* verbs_queue.c. Joining may take a second, for the kernel looks for the way to the other port: a thread does it. */
 int queue_make(queue *made, rail *on);

@@ -252,15 +252,15 @@ static ib_mr *pinned(const rail *on, uint64_t at, uint64_t bytes, int access)
     return made ? made : ib.reg_mr(on->pd, start, bytes, access);
 }
 
-static int refuse(const rail *on, const pd_region *region, int dma_buf, int plain)
+/* `dma_buf`: why it is not registered as one; "": nobody tried. */
+static int refuse(const rail *on, const pd_region *region, const char *dma_buf, int plain)
 {
     struct rlimit limit = {0, 0};
     getrlimit(RLIMIT_MEMLOCK, &limit);
     unsigned long long bytes = region->length, most = limit.rlim_cur;
-    if (dma_buf)
-        return pd_fail(plain, "%s cannot register device memory: as a dma-buf: %s; by its address: %s (is a peer-memory module "
-                       "of the device's vendor loaded?); stage it through host memory", on->name, strerror(dma_buf),
-                       strerror(plain));
+    if (*dma_buf)
+        return pd_fail(plain, "%s cannot register device memory: as a dma-buf: %.60s; by its address: %s (is its vendor's "
+                       "peer-memory module loaded?); stage it through host memory", on->name, dma_buf, strerror(plain));
     if (plain == ENOMEM && limit.rlim_cur != RLIM_INFINITY)
         return pd_fail(plain, "%s cannot register %llu bytes: %s: %llu KiB may be locked: ulimit -l unlimited (docker: "
                        "--ulimit memlock=-1; systemd: LimitMEMLOCK=infinity)", on->name, bytes, strerror(plain), most >> 10);
@@ -268,11 +268,11 @@ static int refuse(const rail *on, const pd_region *region, int dma_buf, int plai
 }
 
 /* A part of a region with one device, in the best way that it takes. NULL after pd_fail. */
-static ib_mr *enrol(const rail *on, const pd_region *region, uint64_t offset, uint64_t bytes)
+static ib_mr *enrol(const rail *on, const pd_region *region, uint64_t offset, uint64_t bytes, const char *dma_buf)
 {
     const verbs_settings *settings = &on->verbs->settings;
     uint64_t at = region->address + offset;
-    int access = IB_REMOTE_READ, dma_buf = 0;
+    int access = IB_REMOTE_READ;
     if (!(region->flags & PD_READ_ONLY))
         access |= IB_LOCAL_WRITE | (settings->write ? IB_REMOTE_WRITE : 0);
     ib_mr *made = NULL;
@@ -280,9 +280,9 @@ static ib_mr *enrol(const rail *on, const pd_region *region, uint64_t offset, ui
         errno = EOPNOTSUPP;
         if (ib.reg_dmabuf_mr)
             made = ib.reg_dmabuf_mr(on->pd, region->fd_offset + offset, bytes, at, region->fd, access);
-        dma_buf = made ? 0 : errno;
+        dma_buf = strerror(errno);
         atomic_fetch_add(&on->verbs->counts.dma_bufs, made != NULL);
-    } else if (settings->on_demand) {
+    } else if (settings->on_demand && !(region->flags & PD_OF_DEVICE)) {
         made = ib.reg_mr(on->pd, (void *)(uintptr_t)at, bytes, access | IB_ON_DEMAND);
         atomic_fetch_add(&on->verbs->counts.on_demand, made != NULL);
     }
@@ -291,6 +291,29 @@ static ib_mr *enrol(const rail *on, const pd_region *region, uint64_t offset, ui
     if (!made)
         refuse(on, region, dma_buf, errno);
     return made;
+}
+
+/* A region with one device; a GPU's has no descriptor yet. False after pd_fail. */
+static bool enrol_all(const rail *on, const pd_region *region, uint64_t chunk, ib_mr **out)
+{
+    pd_region named = *region;
+    char why_not[PD_MAX_WORDS] = "";
+    int file = -1;
+    if ((region->flags & (PD_OF_DEVICE | PD_DMA_BUF)) == PD_OF_DEVICE) {
+        named.fd = file = gpu_dma_buf(on->verbs, region, &named.fd_offset);
+        named.flags |= file >= 0 ? PD_DMA_BUF : 0;
+        if (file < 0)
+            memcpy(why_not, pd_last_error(), sizeof why_not);
+    }
+    bool fine = true;
+    for (uint64_t offset = 0; fine && offset < region->length; offset += chunk, out++) {
+        uint64_t rest = region->length - offset;
+        *out = enrol(on, &named, offset, rest < chunk ? rest : chunk, why_not);
+        fine = *out;
+    }
+    if (file >= 0)
+        close(file); /* whoever took it has it for as long as the registration lasts */
+    return fine;
 }
 
 static int by_address(const void *left, const void *right, void *memory)
@@ -341,18 +364,11 @@ keys *keys_make(verbs *all, pd_memory *memory)
         return pd_fail(ENOMEM, "no memory for keys"), NULL;
     }
     for (size_t r = 0; r < made->num_rails; r++)
-        for (size_t i = 0; i < memory->num_regions; i++) {
-            const pd_region *region = &memory->regions[i];
-            ib_mr **at = &made->mrs[r * made->num_chunks + made->first[i]];
-            for (uint64_t offset = 0; offset < region->length; offset += made->chunk, at++) {
-                uint64_t rest = region->length - offset;
-                *at = enrol(&all->rails[r], region, offset, rest < made->chunk ? rest : made->chunk);
-                if (!*at) {
-                    keys_release(made);
-                    return NULL;
-                }
+        for (size_t i = 0; i < memory->num_regions; i++)
+            if (!enrol_all(&all->rails[r], &memory->regions[i], made->chunk, &made->mrs[r * made->num_chunks + made->first[i]])) {
+                keys_release(made);
+                return NULL;
             }
-        }
     return made;
 }
 
@@ -392,12 +408,12 @@ const ib_mr *destination_find(const verbs *all, const keys *each, int index, uin
     return found;
 }
 
-static void buffer_free(const verbs *all, buffer *gone)
+static void buffer_free(verbs *all, buffer *gone)
 {
     for (int i = 0; i < all->num_rails; i++)
         if (gone->mrs[i])
             ib.dereg_mr(gone->mrs[i]);
-    if (gone->bytes != MAP_FAILED)
+    if (gone->bytes != MAP_FAILED && gpu_unpin(all, gone))
         munmap(gone->bytes, PD_SLICE_BYTES);
     free(gone);
 }

@@ -74,6 +74,8 @@ static permit *permit_for(lane *each, const flight *one)
 
 void flight_give(verbs *all, flight *each, pd_status status, const char *words)
 {
+    if (status == PD_DONE && !gpu_flush(all))
+        status = PD_ERROR, words = pd_last_error();
     pd_give(all->core, each->taken, status, words);
     keys_release(each->keys);
     table_release(each->table);

@@ -1,4 +1,5 @@
-"""The cuda transport between two processes on real GPUs: every byte compared, GB/s printed. Exits with 1 if it fails.
+"""Two processes on real GPUs, over CUDA IPC or GPUDirect RDMA: every byte compared, GB/s printed. Exits with 1 where
+it fails.
 
 `python scripts/check_cuda.py --owner 0 --reader 1`
 """
@@ -19,9 +20,9 @@ import numpy.typing as npt
 from pd_connector.errors import PDError
 from pd_connector.memory import BlockGrid, MemoryKind, Region, order_grids
 from pd_connector.plan import CopyPlan, Dim, Pattern, coalesce, whole_patterns
-from pd_connector.transport.base import LeaseId, Status
-from pd_connector.transport.cuda import CudaTransport
+from pd_connector.transport.base import LeaseId, Status, Transport
 from pd_connector.transport.device import Device, Direction
+from pd_connector.transport.registry import start
 
 BLOCK, RUN = 1 << 20, 256
 LEASE, CAPABILITY = LeaseId(1, 1), b"check_cuda-12345"
@@ -56,12 +57,17 @@ def contents(blocks: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(7).integers(0, 256, blocks * BLOCK, np.uint8)
 
 
-def own(gpu: int, blocks: int, pipe: Connection) -> None:
+def make(name: str, memory: Memory) -> Transport:
+    started, _ = start([name], "check", {}, memory.regions)
+    started[name].register(memory.regions)
+    return started[name]
+
+
+def own(name: str, gpu: int, blocks: int, pipe: Connection) -> None:
     try:
         memory = Memory(gpu, blocks)
         memory.fill(contents(blocks))
-        transport = CudaTransport("owner", {})
-        transport.register(memory.regions)
+        transport = make(name, memory)
         transport.grant(LEASE, CAPABILITY, {0: np.arange(blocks, dtype=np.uint32)})
     except PDError as error:
         pipe.send(f"the owner: {error}")
@@ -71,7 +77,7 @@ def own(gpu: int, blocks: int, pipe: Connection) -> None:
     transport.close()
 
 
-def wait(transport: CudaTransport, tag: int) -> None:
+def wait(transport: Transport, tag: int) -> None:
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
         select.select([transport.fileno()], [], [], 1.0)
@@ -91,17 +97,16 @@ def plans(memory: Memory, blocks: int) -> dict[str, CopyPlan]:
     return {f"blocks of {BLOCK} bytes": CopyPlan(runs, whole), f"runs of {RUN} bytes": CopyPlan(runs, halves)}
 
 
-def read(gpu: int, blocks: int, description: bytes) -> bool:
+def read(name: str, gpu: int, blocks: int, description: bytes) -> bool:
     memory, expected = Memory(gpu, blocks), contents(blocks)
-    transport = CudaTransport("reader", {})
-    transport.register(memory.regions)
+    transport = make(name, memory)
     reason = transport.can_reach(description)
     if reason is not None:
         raise SystemExit(f"check_cuda: {reason}")
     transport.connect("owner", description, 1)
     wait(transport, 1)
     fine, tag = True, 1
-    for name, plan in plans(memory, blocks).items():
+    for what, plan in plans(memory, blocks).items():
         seconds = []
         memory.fill(np.zeros(memory.size, np.uint8))
         for _ in range(4):
@@ -113,7 +118,7 @@ def read(gpu: int, blocks: int, description: bytes) -> bool:
         same = bool(np.array_equal(memory.look(), expected))
         fine &= same
         verdict = "every byte is right" if same else "WRONG BYTES"
-        print(f"{name}: {verdict}, {memory.size / min(seconds) / 1e9:.1f} GB/s")
+        print(f"{what}: {verdict}, {memory.size / min(seconds) / 1e9:.1f} GB/s")
     transport.close()
     return fine
 
@@ -122,11 +127,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--owner", type=int, default=0, help="the GPU that is read from")
     parser.add_argument("--reader", type=int, default=0, help="the GPU that reads")
+    parser.add_argument("--transport", choices=("cuda", "verbs"), default="cuda")
     parser.add_argument("--blocks", type=int, default=512, help="MiB on each side")
     given = parser.parse_args(arguments)
     spawn: Any = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    owner = spawn.Process(target=own, args=(given.owner, given.blocks, there), daemon=True)
+    owner = spawn.Process(target=own, args=(given.transport, given.owner, given.blocks, there), daemon=True)
     owner.start()
     try:
         if not here.poll(WAIT_S):
@@ -134,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         description = here.recv()
         if isinstance(description, str):
             raise SystemExit(f"check_cuda: {description}")
-        return 0 if read(given.reader, given.blocks, description) else 1
+        return 0 if read(given.transport, given.reader, given.blocks, description) else 1
     except PDError as error:
         raise SystemExit(f"check_cuda: {error}") from error
     finally:

@@ -58,9 +58,7 @@ class Courier:
         self._connecting: dict[int, _Attempt] = {}
         self._peers: dict[str, str] = {}
         self.reasons: dict[str, dict[str, str]] = {}
-        self._transports, missing = registry.start(
-            config.transport, agent, transport_options(config), frozenset(region.kind for region in regions)
-        )
+        self._transports, missing = registry.start(config.transport, agent, transport_options(config), regions)
         missing |= self._register(regions, optional=config.transport == "auto")
         without = "; ".join(f"{name} is not: {why}" for name, why in missing.items())
         logger.info("transports %s are served%s", ", ".join(self._transports), f" ({without})" if without else "")

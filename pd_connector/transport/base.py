@@ -92,6 +92,11 @@ class Transport(ABC):
     def probe(cls, options: Mapping[str, Any]) -> str | None:
         """Why the transport is unavailable here, or None; never raises."""
 
+    @classmethod
+    def suit(cls, options: Mapping[str, Any], regions: Sequence[Region]) -> Mapping[str, Any]:
+        """The options for an agent with this memory; what was configured stays as it is."""
+        return options
+
     @abstractmethod
     def describe(self) -> bytes:
         """What a reader needs to connect; travels in HELLO (at most 1 KiB)."""

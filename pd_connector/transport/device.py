@@ -50,6 +50,17 @@ def index_of(region: Region) -> int:
     return index
 
 
+def pci_of(region: Region) -> str:
+    """The PCI address of the device that memory lies on, "" if that cannot be told."""
+    if region.kind is MemoryKind.HOST:
+        return ""
+    try:
+        address: str = require(_NAMES[region.kind]).device_pci(_NAMES[region.kind], index_of(region))
+    except (TransportUnavailable, RuntimeError):
+        return ""
+    return address.lower()
+
+
 class Device:
     """Raises TransportUnavailable when there is none. Thread-safe; what C refuses is a LocalProtocolError."""
 

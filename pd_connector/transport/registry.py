@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from pd_connector.errors import ConfigError, PDError, TransportUnavailable
-from pd_connector.memory import MemoryKind
+from pd_connector.memory import MemoryKind, Region
 from pd_connector.transport.base import Transport
 
 ENTRY_POINTS = "pd_connector.transports"
@@ -75,10 +75,10 @@ def start(
     wanted: str | Sequence[str],
     agent: str,
     options: Mapping[str, Mapping[str, Any]],
-    kinds: frozenset[MemoryKind] = frozenset({MemoryKind.HOST}),
+    regions: Sequence[Region] = (),
 ) -> tuple[dict[str, Transport], dict[str, str]]:
-    """Start ``"auto"`` or the named transports, for memory of these kinds: (started by wire name, in order of
-    preference; reasons of the rest).
+    """Start ``"auto"`` or the named transports, for these regions, or any of the host's: (started by wire name, in
+    order of preference; reasons of the rest).
 
     Raises ConfigError for an unknown name (of an option too) or two transports that share a wire name,
     TransportUnavailable when one that is named or should work here does not start, or when none works here. Nothing
@@ -86,6 +86,7 @@ def start(
     """
     for name in options:
         load(name)
+    kinds = frozenset(region.kind for region in regions) or frozenset({MemoryKind.HOST})
     automatic = wanted == "auto"
     names = _automatic(kinds) if automatic else _named(wanted)
     started: dict[str, Transport] = {}
@@ -99,7 +100,7 @@ def start(
                     raise TransportUnavailable(name, reason)
                 reasons[name] = reason
                 continue
-            transport = kind(agent, given)
+            transport = kind(agent, kind.suit(given, regions))
             if missing := kinds - transport.traits.memory:
                 transport.close()
                 staged = f"staged-{name}" if f"staged-{name}" in known() else "a staged one"

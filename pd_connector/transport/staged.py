@@ -91,6 +91,12 @@ class StagedTransport(ThreadedTransport):
         return where
 
     @classmethod
+    def suit(cls, options: Mapping[str, Any], regions: Sequence[Region]) -> Mapping[str, Any]:
+        inner = options.get("inner", {})
+        suited = load(cls.inner_name).suit(inner, regions)
+        return options if suited is inner else {**options, "inner": suited}
+
+    @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
         try:
             parsed = parse_listening(cls.name, options, StagedOptions)

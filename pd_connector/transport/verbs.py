@@ -1,4 +1,5 @@
-"""Between hosts with InfiniBand or RoCE: reads by the devices themselves, see csrc/verbs.h."""
+"""Between hosts with InfiniBand or RoCE: reads by the devices themselves, see csrc/verbs.h. Memory of GPUs (GPUDirect
+RDMA) was never read or written by a real one."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from pd_connector.errors import ConfigError, TransportUnavailable
-from pd_connector.memory import MemoryKind, native
+from pd_connector.memory import MemoryKind, Region, native
 from pd_connector.transport import rdma
 from pd_connector.transport.base import Scope, Traits
+from pd_connector.transport.device import pci_of
 from pd_connector.transport.native import NativeTransport, addresses, check_cpus, require
 from pd_connector.transport.options import Listening, parse_listening
 from pd_connector.transport.rdma import Port, Rail
@@ -50,7 +52,7 @@ class VerbsOptions(Listening, frozen=True, forbid_unknown_fields=True):
 class VerbsTransport(NativeTransport):
     name: ClassVar[str] = "verbs"
     backend: ClassVar[str] = "verbs"
-    traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.NETWORK)
+    traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST, MemoryKind.CUDA}), Scope.NETWORK)
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
@@ -62,6 +64,13 @@ class VerbsTransport(NativeTransport):
         except ConfigError as error:
             return str(error)
         return None
+
+    @classmethod
+    def suit(cls, options: Mapping[str, Any], regions: Sequence[Region]) -> Mapping[str, Any]:
+        """Ports near to the GPU."""
+        address = next(filter(None, map(pci_of, regions)), "")
+        known = bool(address) and (rdma.PCI / address).exists()
+        return {"near": address, **options} if known else options
 
     @classmethod
     def _open(cls, options: Mapping[str, Any]) -> Any:

@@ -40,6 +40,8 @@ cuda_error memory_unpin(void *at);
 cuda_error memory_export(cuda_pointer base, ipc_handle *out);
 cuda_error memory_open(const ipc_handle *handle, int device, cuda_pointer *out);
 cuda_error memory_close(cuda_pointer at);
+/* A descriptor that stands for the pages from `at` on; its file offset says where in the memfd they start. */
+cuda_error memory_dma_buf(cuda_pointer at, size_t bytes, int *out);
 bool memory_range(cuda_pointer at, cuda_pointer *base, size_t *bytes);
 int memory_device(cuda_pointer at); /* -1: pinned memory of the host; -2: unknown */
 bool memory_known(cuda_pointer at, size_t bytes);

@@ -3,15 +3,18 @@
 
 #include "cuda_emu.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { MAX_DEVICES = 16, POINTER_TYPE = 2, POINTER_DEVICE_POINTER = 3, POINTER_DEVICE = 9, TYPE_HOST = 1, TYPE_DEVICE = 2 };
+enum { FLUSH_OPTIONS = 117, WRITES_ORDERING = 118, TO_OWNER = 100, TO_ALL = 200, DMA_BUF = 1 };
 
 static bool initialized, forked;
 static int retained[MAX_DEVICES]; /* a context's handle is its place in here */
 static int things[KINDS_OF_THINGS];
 static bool apart; /* the devices do not reach each other */
+static int ordering = 200, flushes = 1; /* of what RDMA devices write */
 static _Thread_local int *current;
 
 void count(thing what, int by)
@@ -27,6 +30,11 @@ EMU_API int emu_things(int what)
 EMU_API void emu_apart(int yes)
 {
     apart = yes;
+}
+
+EMU_API void emu_rdma_writes(int order, int options)
+{
+    ordering = order, flushes = options;
 }
 
 void emu_context_forked(void)
@@ -95,6 +103,28 @@ EMU_API cuda_error cuDeviceGet(int *out, int ordinal)
     CALL();
     *out = ordinal;
     return ordinal >= 0 && ordinal < devices() ? 0 : NO_SUCH_DEVICE;
+}
+
+EMU_API cuda_error cuDeviceGetAttribute(int *out, int attribute, int device)
+{
+    CALL();
+    if (device < 0 || device >= devices())
+        return NO_SUCH_DEVICE;
+    if (attribute != FLUSH_OPTIONS && attribute != WRITES_ORDERING)
+        return BAD_VALUE;
+    *out = attribute == FLUSH_OPTIONS ? flushes : ordering;
+    return 0;
+}
+
+/* Of a device of this host's bus, if it says which: CUDA_EMU_PCI. */
+EMU_API cuda_error cuDeviceGetPCIBusId(char *out, int room, int device)
+{
+    CALL();
+    const char *address = getenv("CUDA_EMU_PCI");
+    if (device < 0 || device >= devices())
+        return NO_SUCH_DEVICE;
+    snprintf(out, (size_t)room, "%s", address ? address : "FFFF:00:00.0");
+    return 0;
 }
 
 EMU_API cuda_error cuDeviceGetUuid_v2(unsigned char *out, int device)
@@ -202,6 +232,18 @@ EMU_API cuda_error cuMemGetAddressRange_v2(cuda_pointer *base, size_t *bytes, cu
 {
     CONTEXT_CALL();
     return memory_range(at, base, bytes) ? 0 : NOT_FOUND;
+}
+
+EMU_API cuda_error cuMemGetHandleForAddressRange(void *out, cuda_pointer at, size_t bytes, int type, unsigned long long flags)
+{
+    CONTEXT_CALL();
+    return type == DMA_BUF && !flags ? memory_dma_buf(at, bytes, out) : BAD_VALUE;
+}
+
+EMU_API cuda_error cuFlushGPUDirectRDMAWrites(int target, int scope)
+{
+    CONTEXT_CALL();
+    return !target && (scope == TO_OWNER || scope == TO_ALL) && flushes & 1 ? 0 : BAD_VALUE;
 }
 
 EMU_API cuda_error cuIpcGetMemHandle(ipc_handle *out, cuda_pointer base)

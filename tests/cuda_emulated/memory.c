@@ -36,7 +36,7 @@ typedef struct region {
 } region;
 
 static region *regions;
-static bool exportable = true;
+static bool exportable = true, by_address;
 /* Written by what changes the map, read for as long as a copy takes: nothing is unmapped under a copy. */
 static pthread_rwlock_t guard = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
 
@@ -44,6 +44,18 @@ static pthread_rwlock_t guard = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_N
 EMU_API void emu_exportable(int yes)
 {
     exportable = yes;
+}
+
+/* Others may find device memory by its address, as RDMA devices do with a peer-memory module; or nobody any more, but
+ * those that pinned it have it. */
+EMU_API void emu_peer_memory(int yes)
+{
+    by_address = yes;
+    pthread_rwlock_rdlock(&guard);
+    for (const region *each = regions; each; each = each->next)
+        if (each->mapped)
+            mprotect((void *)(uintptr_t)(each->start - SHIFT), each->mapped, yes ? PROT_READ | PROT_WRITE : PROT_NONE);
+    pthread_rwlock_unlock(&guard);
 }
 
 void emu_memory_forked(void)
@@ -65,7 +77,7 @@ static region *map(int fd, size_t bytes)
 {
     region *made = calloc(1, sizeof *made);
     size_t mapped = (bytes + SHIFT + PAGE - 1) / PAGE * PAGE;
-    void *there = mmap(NULL, mapped, PROT_NONE, MAP_SHARED, fd, 0);
+    void *there = mmap(NULL, mapped, by_address ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_SHARED, fd, 0);
     void *alias = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (made && there != MAP_FAILED && alias != MAP_FAILED) {
         *made = (region){.start = (uintptr_t)there + SHIFT, .bytes = bytes, .mapped = mapped,
@@ -244,6 +256,25 @@ cuda_error memory_close(cuda_pointer at)
     if (last)
         count(OPENED, -1);
     return 0;
+}
+
+cuda_error memory_dma_buf(cuda_pointer at, size_t bytes, int *out)
+{
+    char path[64] = "";
+    off_t offset = 0;
+    pthread_rwlock_rdlock(&guard);
+    for (const region *each = regions; each; each = each->next) {
+        uint64_t inside = at - (each->start - SHIFT);
+        if (each->kind == DEVICE && inside < each->mapped && bytes <= each->mapped - inside) {
+            snprintf(path, sizeof path, "/proc/self/fd/%d", each->fd);
+            offset = (off_t)inside;
+        }
+    }
+    pthread_rwlock_unlock(&guard);
+    if (!*path || !bytes || at % PAGE || bytes % PAGE)
+        return BAD_VALUE;
+    *out = open(path, O_RDWR | O_CLOEXEC);
+    return *out >= 0 && lseek(*out, offset, SEEK_SET) == offset ? 0 : NO_MEMORY;
 }
 
 /* --- looking and copying ------------------------------------------------------------------------------------------ */

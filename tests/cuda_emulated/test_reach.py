@@ -16,8 +16,11 @@ from pd_connector.memory import BlockGrid, MemoryKind, Region
 from pd_connector.testing.arena import GEOMETRIES, Arena, Placed
 from pd_connector.testing.owner_process import LocalOwner, ProcessOwner
 from pd_connector.testing.pair import SEED, Pair
+from pd_connector.transport import rdma
 from pd_connector.transport.base import Status
 from pd_connector.transport.cuda import CudaTransport
+from pd_connector.transport.staged import StagedVerbs
+from pd_connector.transport.verbs import VerbsTransport
 
 from .device import GPU, context, gpu, library, things
 
@@ -154,6 +157,21 @@ def test_the_callers_context_stays_its_own() -> None:
         transport.close()
         cuda.cuCtxGetCurrent(ctypes.byref(found))
         assert found.value == mine
+
+
+def test_rdma_devices_near_the_gpu_are_wanted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Unless somebody said which, and only where this host knows the GPU's place."""
+    regions, address = Arena(GEOMETRIES["mixed"], SEED, GPU).regions, "0000:3b:00.0"
+    monkeypatch.setattr(rdma, "PCI", tmp_path)
+    monkeypatch.setenv("CUDA_EMU_PCI", address.upper())
+    assert VerbsTransport.suit({}, regions) == {}
+    (tmp_path / address).mkdir()
+    assert VerbsTransport.suit({"rails": 2}, regions) == {"rails": 2, "near": address}
+    assert VerbsTransport.suit({"near": "0000:01:00.0"}, regions) == {"near": "0000:01:00.0"}
+    assert VerbsTransport.suit({}, Arena(GEOMETRIES["mixed"], SEED).regions) == {}
+    assert StagedVerbs.suit({"slots": 4}, regions) == {"slots": 4, "inner": {"near": address}}
+    monkeypatch.setenv("CUDA_EMU_DEVICES", "0")
+    assert VerbsTransport.suit({}, regions) == {}
 
 
 def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ and, with ``--or-skip``, ends well all the same.
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from image import Image, NoGuests, prepare
 
 INSIDE = "tests/rdma_vm/inside"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "--tb=short", "--timeout=400"]
+GPU = ["env", f"LD_LIBRARY_PATH={os.getcwd()}/build/verbs", *PYTEST, f"{INSIDE}/test_gpu.py"]
 _SHORT = (
     "TestVerbsBetweenProcesses and (random_plan or killed)",
     "test_handover.py and ((prompt and read) or control)",
@@ -31,7 +34,8 @@ _BANNER = "=" * 100
 
 def short() -> list[tuple[str, list[list[str]], float]]:
     chosen = " or ".join(f"({words})" for words in _SHORT)
-    return [("one guest, a choice", [[*PYTEST, INSIDE, "-k", chosen]], 900)]
+    both = f"{shlex.join([*PYTEST, INSIDE, '-k', chosen])} && {shlex.join([*GPU, '-k', 'alone or told_to_look'])}"
+    return [("one guest, a choice", [["sh", "-c", both]], 900)]
 
 
 def whole() -> list[tuple[str, list[list[str]], float]]:
@@ -45,9 +49,10 @@ def whole() -> list[tuple[str, list[list[str]], float]]:
         ("the C code under the sanitizers", [[_STRESS, "verbs", "verbs-write"]], 600),
         (
             "one guest: hand-over, counters, failures",
-            [[*PYTEST, INSIDE, "--deselect", f"{INSIDE}/test_conformance.py"]],
+            [[*PYTEST, INSIDE, "--deselect", f"{INSIDE}/test_conformance.py", "--deselect", f"{INSIDE}/test_gpu.py"]],
             1200,
         ),
+        ("one guest: memory of an emulated GPU", [GPU], 5400),
         ("one guest: conformance", [[*PYTEST, f"{INSIDE}/test_conformance.py"]], 7200),
         ("two guests: conformance and hand-over", [other, ["sh", "-c", said]], 7200),
         ("one guest: the vLLM connector", [plugin], 3600),
@@ -85,6 +90,7 @@ def main() -> int:
     results = []
     try:
         image = prepare()
+        subprocess.run([sys.executable, "-m", "tests.rdma_vm.inside.gpu"], check=True)  # a guest would take long
         for name, commands, seconds in short() if options.short else whole():
             if options.only in name:
                 start = time.monotonic()
