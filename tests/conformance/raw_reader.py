@@ -8,6 +8,7 @@ import zmq
 from pd_connector.testing.owner_process import LocalOwner
 from pd_connector.testing.pair import CAPABILITY, DEADLINE_S, LEASE
 from pd_connector.transport.base import LeaseId
+from pd_connector.transport.staged import StagedZmq
 from pd_connector.transport.staged_wire import (
     Filled,
     Request,
@@ -18,6 +19,14 @@ from pd_connector.transport.staged_wire import (
     encode,
     encode_fill,
 )
+
+SLOTS = 4
+"""Of the owner, so that they run out soon."""
+
+
+def counter(owner: LocalOwner, name: str) -> int:
+    assert isinstance(owner.transport, StagedZmq)
+    return owner.transport.counters()[name]
 
 
 class Raw:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
-from raw_reader import Raw
+from raw_reader import Raw, counter
 from test_zmq_idle import Cable
 
 from pd_connector.memory import native
@@ -21,38 +21,6 @@ from pd_connector.transport.staged import StagedZmq
 from pd_connector.transport.staged_wire import Code, Fill, Filled, Held, Ping, Pong, Refused, Void, decode_where, encode
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C extension was not built")
-SLOTS = 4
-
-
-@pytest.fixture
-def closing() -> Iterator[list[Any]]:
-    each: list[Any] = []
-    yield each
-    for one in reversed(each):
-        one.close()
-
-
-@pytest.fixture
-def owner(closing: list[Any]) -> LocalOwner:
-    made = LocalOwner(StagedZmq("owner", {"slots": SLOTS}), "mixed", SEED)
-    closing.append(made)
-    made.grant(LEASE, CAPABILITY, {0: range(48)})
-    return made
-
-
-@pytest.fixture
-def raw(owner: LocalOwner, closing: list[Any]) -> Callable[[], Raw]:
-    def make() -> Raw:
-        made = Raw(owner)
-        closing.append(made)
-        return made
-
-    return make
-
-
-def counter(owner: LocalOwner, name: str) -> int:
-    assert isinstance(owner.transport, StagedZmq)
-    return owner.transport.counters()[name]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from raw_reader import Raw
+from raw_reader import SLOTS, Raw, counter
 
 from pd_connector.errors import ConfigError, LocalProtocolError, TransportUnavailable
 from pd_connector.memory import BlockGrid, MemoryKind, Region, native
@@ -31,33 +31,6 @@ from pd_connector.transport.staged_wire import (
 )
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the C extension was not built")
-SLOTS = 4
-
-
-@pytest.fixture
-def closing() -> Iterator[list[Any]]:
-    each: list[Any] = []
-    yield each
-    for one in reversed(each):
-        one.close()
-
-
-@pytest.fixture
-def owner(closing: list[Any]) -> LocalOwner:
-    made = LocalOwner(StagedZmq("owner", {"slots": SLOTS}), "mixed", SEED)
-    closing.append(made)
-    made.grant(LEASE, CAPABILITY, {0: range(48)})
-    return made
-
-
-@pytest.fixture
-def raw(owner: LocalOwner, closing: list[Any]) -> Callable[[], Raw]:
-    def make() -> Raw:
-        made = Raw(owner)
-        closing.append(made)
-        return made
-
-    return make
 
 
 @pytest.fixture
@@ -87,11 +60,6 @@ class Gate:
             move(device, moves, which)
 
         monkeypatch.setattr(Device, "move", gated)
-
-
-def counter(owner: LocalOwner, name: str) -> int:
-    assert isinstance(owner.transport, StagedZmq)
-    return owner.transport.counters()[name]
 
 
 def until(condition: Callable[[], bool]) -> None:
