@@ -144,7 +144,7 @@ int acl_scratch_open(acl_scratch *out, pd_transport *core, void *context, int co
 
 void acl_scratch_close(acl_scratch *each)
 {
-    if (!each->buffers || acl_enter(each->context))
+    if (each->stuck || !each->buffers || acl_enter(each->context))
         return;
     if (each->stream)
         acl.aclrtDestroyStream(each->stream);
@@ -184,6 +184,9 @@ pd_status acl_scratch_place(acl_scratch *each, const pd_rows *rows, size_t count
     for (size_t i = 0; !error && i < count; i++)
         error = place(each, &rows[i]);
     acl_error last = each->stream ? acl_drain(&each->stream, each->core) : ACL_NO_CONTEXT;
+    each->stuck |= last == ACL_SYNC_TIMEOUT;
+    if (last == ACL_SYNC_TIMEOUT)
+        pd_abandon(each->core);
     pthread_mutex_unlock(&each->lock);
     error = error ? error : last;
     return error ? acl_failed("what was read is not put in its places", error), PD_ERROR : PD_DONE;

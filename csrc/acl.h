@@ -92,6 +92,7 @@ typedef struct {
     pthread_mutex_t lock; /* guards the stream */
     unsigned char *buffers;
     size_t count, lent; /* of PD_MAX_SLICE_BYTES each */
+    bool stuck; /* the device may still use it */
 } acl_scratch;
 
 int acl_scratch_open(acl_scratch *out, pd_transport *core, void *context, int count); /* negative after pd_fail */

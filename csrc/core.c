@@ -74,7 +74,7 @@ int pd_open(const char *backend, const pd_options *options, pd_transport **out)
     return 0;
 }
 
-void pd_close(pd_transport *transport)
+int pd_close(pd_transport *transport)
 {
     pthread_mutex_lock(&transport->lock);
     transport->stop = true;
@@ -117,7 +117,9 @@ void pd_close(pd_transport *transport)
     pthread_mutex_destroy(&transport->lock);
     pthread_mutex_destroy(&transport->owner_lock);
     pthread_cond_destroy(&transport->work);
+    int abandoned = atomic_load(&transport->abandoned);
     free(transport);
+    return abandoned;
 }
 
 int pd_fileno(const pd_transport *transport)

@@ -71,6 +71,8 @@ static void cuda_close(void *own)
     pthread_mutex_unlock(&lock);
     if (all->service)
         service_close(all->service);
+    if (all->mover.stuck)
+        pd_abandon(all->core);
     if (all->buffers && !all->mover.stuck && !cuda_enter(&all->mover.context, &before)) {
         cuda.cuMemFree_v2(all->buffers);
         cuda_leave(before);

@@ -133,10 +133,11 @@ static PyObject *close_(PyObject *self, PyObject *capsule)
     pd_transport *transport = transport_of(capsule);
     if (!transport)
         return NULL;
+    int abandoned;
     Py_BEGIN_ALLOW_THREADS
-    pd_close(transport);
+    abandoned = pd_close(transport);
     Py_END_ALLOW_THREADS
-    return PyCapsule_SetName(capsule, "closed") ? NULL : Py_NewRef(Py_None);
+    return PyCapsule_SetName(capsule, "closed") ? NULL : PyBool_FromLong(!abandoned);
 }
 
 static PyObject *fileno_(PyObject *self, PyObject *capsule)

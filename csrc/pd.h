@@ -108,7 +108,8 @@ const char *pd_last_error(void); /* of this thread's last call that failed */
 
 int pd_probe(const char *backend); /* can it be opened here at all? */
 int pd_open(const char *backend, const pd_options *options, pd_transport **out);
-void pd_close(pd_transport *transport);
+/* 0; 1: a device may still write into memory that was registered, or read it, for as long as this process lives. */
+int pd_close(pd_transport *transport);
 int pd_describe(pd_transport *transport, unsigned char *out, size_t room); /* bytes written */
 /* GB/s of bare TCP over the loopback by 1, 2, 4 and 8 lanes, as far as there are `most`; how many figures. Takes some ten
  * milliseconds. */

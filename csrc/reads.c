@@ -265,6 +265,11 @@ bool pd_closing(pd_transport *core)
     return closing;
 }
 
+void pd_abandon(pd_transport *core)
+{
+    atomic_store(&core->abandoned, true);
+}
+
 void pd_give(pd_transport *core, pd_taken *taken, pd_status status, const char *words)
 {
     if (status == PD_DONE && (status = scatter(core, taken)) != PD_DONE)

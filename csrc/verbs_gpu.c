@@ -122,5 +122,7 @@ pd_status verbs_place(void *own, const pd_rows *rows, size_t count)
 
 void gpu_close(verbs *all)
 {
+    if (all->gpu.mover.stuck)
+        pd_abandon(all->core);
     cuda_mover_close(&all->gpu.mover);
 }

@@ -228,7 +228,8 @@ static void wind_up(lane *each)
 void lane_stop(lane *each, pd_status status, const char *words)
 {
     wire_close(&each->wire);
-    queue_free(&each->queue);
+    if (!queue_free(&each->queue))
+        pd_abandon(each->peer->verbs->core);
     while (each->flights)
         flight_end(each, each->flights, status, words);
     permits_drop(each);

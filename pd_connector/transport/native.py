@@ -34,6 +34,8 @@ from pd_connector.transport.options import Listening, parse_listening, parse_opt
 
 logger = logging.getLogger(__name__)
 
+_abandoned: list[object] = []
+"""Memory that a device was given up with: leaked rather than corrupted."""
 _STATUS = (Status.DONE, Status.CANCELLED, Status.NOT_GRANTED, Status.PEER_LOST, Status.ERROR)
 _REGION = struct.Struct("=QQiIQQiI")
 _READ_ONLY, _DMA_BUF, _OF_DEVICE = 1, 2, 4
@@ -323,7 +325,9 @@ def require(name: str) -> ModuleType:
 
 def _close(extension: Any, handle: Any, registered: list[object], pid: int) -> None:
     if os.getpid() == pid:  # not a fork's copy: the threads are the parent's
-        extension.close(handle)
+        if not extension.close(handle):
+            logger.error("a device may still write into memory of an agent that is closed: it is kept for ever")
+            _abandoned.append(tuple(registered))
         registered.clear()
 
 
