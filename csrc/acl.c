@@ -72,6 +72,22 @@ int acl_device_of_region(const pd_region *region)
     return -2;
 }
 
+int acl_device_of_all(const pd_memory *memory, int before, int *out)
+{
+    *out = -1;
+    for (size_t i = 0; i < memory->num_regions; i++) {
+        int on = acl_device_of_region(&memory->regions[i]);
+        if (on < -1)
+            return -EINVAL;
+        if (on >= 0 && *out >= 0 && on != *out)
+            return pd_fail(EINVAL, "memory of devices %d and %d: an agent serves one", *out, on);
+        *out = on >= 0 ? on : *out;
+    }
+    if (before >= 0 && *out >= 0 && *out != before)
+        return pd_fail(EINVAL, "memory of device %d: this agent's was of device %d", *out, before);
+    return 0;
+}
+
 void *acl_context(int device)
 {
     void *context = NULL;

@@ -69,6 +69,9 @@ int acl_failed(const char *what, acl_error error);
 int acl_device_of(const void *at);
 /* The same of a region. -2 after pd_fail: it is of a device, but of which one cannot be told. */
 int acl_device_of_region(const pd_region *region);
+/* The one that all regions of devices lie on; -1: there are none. Negative after pd_fail: on several, or it cannot be told,
+ * or it is not `before` (-1: whichever), which an agent cannot change. */
+int acl_device_of_all(const pd_memory *memory, int before, int *out);
 /* The context of a device, made the calling thread's; NULL after pd_fail. */
 void *acl_context(int device);
 /* The calling thread works in this context from now on. 0, or negative after pd_fail. */

@@ -246,7 +246,7 @@ static bool is_ours(const service_where *where)
 static void cuda_disconnect(void *peer)
 {
     owner *each = peer;
-    cuda_window_release(&each->all->mover.context, each->window);
+    cuda_window_release(&each->all->mover, each->window);
     asker_close(&each->asker);
     pthread_mutex_destroy(&each->lock);
     free(each);
@@ -270,7 +270,7 @@ static void *cuda_connect(void *own, const unsigned char *remote, size_t bytes)
     made->all = all;
     made->ours = is_ours(&where.service);
     pthread_mutex_init(&made->lock, NULL);
-    made->window = cuda_window_open(&all->mover.context, made->asker.known, made->ours);
+    made->window = cuda_window_open(&all->mover, made->asker.known, made->ours);
     if (!made->window) {
         char words[PD_MAX_WORDS];
         memcpy(words, pd_last_error(), sizeof words);
@@ -289,7 +289,7 @@ static cuda_window *window_of(owner *each, const directory *known)
     pthread_mutex_lock(&each->lock);
     cuda_window *found = each->window;
     if (found->generation != known->generation)
-        found = cuda_window_open(&each->all->mover.context, known, each->ours);
+        found = cuda_window_open(&each->all->mover, known, each->ours);
     if (found && found->generation > each->window->generation) {
         old = each->window; /* whoever is in it has a reference of its own */
         each->window = found;
@@ -297,7 +297,7 @@ static cuda_window *window_of(owner *each, const directory *known)
     if (found && found == each->window)
         atomic_fetch_add(&found->refs, 1);
     pthread_mutex_unlock(&each->lock);
-    cuda_window_release(&each->all->mover.context, old);
+    cuda_window_release(&each->all->mover, old);
     return found;
 }
 
@@ -332,7 +332,7 @@ static pd_status cuda_read(void *peer, const pd_slice *slice)
     if (window) {
         char words[PD_MAX_WORDS];
         memcpy(words, pd_last_error(), sizeof words);
-        cuda_window_release(&each->all->mover.context, window);
+        cuda_window_release(&each->all->mover, window);
         pd_fail(EIO, "%s", words);
     }
     directory_release(known);

@@ -141,24 +141,31 @@ static int64_t now_us(void)
     return now.tv_sec * 1000000ll + now.tv_nsec / 1000;
 }
 
+/* Whether the context is gone, and with it all that was under way; after any other error something may still be. */
+static bool lost(cuda_error error)
+{
+    static const cuda_error last[] = {4, 201, 214, 400, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719};
+    for (size_t i = 0; i < sizeof last / sizeof *last; i++)
+        if (error == last[i])
+            return true;
+    return false;
+}
+
 /* Until the stream is empty: 0, what failed, or CUDA_NOT_READY when it was given up. By looking, with naps in between:
  * what the driver has for waiting knows no deadline. */
 static cuda_error wait(void *stream, int milliseconds, pd_transport *core, bool *late)
 {
-    enum { FIRST_NAP_US = 10, NAP_US = 500, LATE_NAP_US = 10000, ASKED = 4 };
-    int64_t end = now_us() + milliseconds * 1000ll, nap = FIRST_NAP_US;
+    enum { FIRST_NAP_US = 10, NAP_US = 500, LATE_NAP_US = 10000 };
+    int64_t end = milliseconds ? now_us() + milliseconds * 1000ll : INT64_MAX, nap = FIRST_NAP_US;
     cuda_error first = 0;
     *late = false;
-    for (int failures = 0;;) {
+    for (;;) {
         cuda_error error = cuda.cuStreamQuery(stream);
-        if (!error)
-            return first;
-        /* One that lasts means that the context is lost, and with it all that was under way; one that passes, nothing. */
-        if (error != CUDA_NOT_READY && ++failures == ASKED)
-            return error;
+        if (!error || lost(error))
+            return error ? error : first;
         first = error != CUDA_NOT_READY && !first ? error : first;
         *late = now_us() >= end;
-        if (*late && (!core || pd_closing(core)))
+        if (*late && core && pd_closing(core))
             return CUDA_NOT_READY;
         struct timespec pause = {0, (*late ? LATE_NAP_US : nap) * 1000};
         nanosleep(&pause, NULL);

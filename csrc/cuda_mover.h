@@ -14,9 +14,9 @@ typedef struct {
     cuda_context context;
     void *module, *kernel; /* NULL: the driver does not take it, and the copy engine does everything */
     atomic_bool no_batches; /* the driver has the function, but cannot */
-    pthread_mutex_t lock; /* guards the two below */
+    pthread_mutex_t lock; /* guards the list */
     cuda_lane *unused;
-    unsigned stuck; /* lanes that were given up while the GPU may still use them */
+    atomic_uint stuck; /* lanes that were given up while the GPU may still use them */
     bool open;
 } cuda_mover;
 
@@ -24,9 +24,8 @@ int cuda_mover_open(cuda_mover *out, int ordinal); /* negative after pd_fail */
 void cuda_mover_close(cuda_mover *each);           /* also of one that is all zero */
 
 /* All of them, in no order; they do not overlap. `reachable`: kernels of this GPU may touch both ends. 0, or negative
- * after pd_fail. After `milliseconds` it is an error; then it is waited for all the same until nothing of it writes any
- * more or `core` closes, for there is no way to end it. Without a core there is no more waiting: -ETIMEDOUT, and it may
- * still write. */
+ * after pd_fail. After `milliseconds` (0: never) it is an error; then it is waited for all the same until nothing of it
+ * writes any more or `core` closes (NULL: none), for there is no way to end it. -ETIMEDOUT: it may still write. */
 int cuda_mover_run(cuda_mover *each, const pd_move *moves, size_t count, bool reachable, int milliseconds,
                    pd_transport *core);
 /* The same for rows. */

@@ -117,10 +117,11 @@ static void handle_close(const cuda_context *context, cuda_pointer at)
 
 /* --- the reader's side -------------------------------------------------------------------------------------------- */
 
-void cuda_window_release(const cuda_context *context, cuda_window *each)
+void cuda_window_release(const cuda_mover *by, cuda_window *each)
 {
-    if (!each || atomic_fetch_sub(&each->refs, 1) != 1)
-        return;
+    if (!each || atomic_fetch_sub(&each->refs, 1) != 1 || atomic_load(&by->stuck))
+        return; /* what a stuck GPU may still read stays where it is */
+    const cuda_context *context = &by->context;
     void *before;
     if (each->num_opened && !cuda_enter(context, &before)) {
         for (size_t i = 0; i < each->num_opened; i++)
@@ -148,8 +149,9 @@ static bool open_region(const cuda_context *context, cuda_window *made, const se
     return true;
 }
 
-cuda_window *cuda_window_open(const cuda_context *context, const directory *known, bool ours)
+cuda_window *cuda_window_open(const cuda_mover *by, const directory *known, bool ours)
 {
+    const cuda_context *context = &by->context;
     const pd_memory *told = known->memory;
     cuda_window *made = calloc(1, sizeof *made);
     void *before;
@@ -159,23 +161,23 @@ cuda_window *cuda_window_open(const cuda_context *context, const directory *know
         made->opened = calloc(told->num_regions + 1, sizeof *made->opened);
     }
     if (!made || !made->memory || !made->opened) {
-        cuda_window_release(context, made);
+        cuda_window_release(by, made);
         return pd_fail(ENOMEM, "no memory"), NULL;
     }
-    bool fine = !cuda_enter(context, &before);
+    bool entered = !cuda_enter(context, &before), fine = entered;
     for (size_t i = 0; fine && i < told->num_regions; i++) {
         if (ours)
             made->reachable &= cuda_device_of(told->regions[i].address) == context->device;
         else
             fine = open_region(context, made, &known->exports[i], &made->memory->regions[i]);
     }
-    if (fine) {
+    if (entered)
         cuda_leave(before);
+    if (fine)
         return made;
-    }
     char words[PD_MAX_WORDS];
     memcpy(words, pd_last_error(), sizeof words);
-    cuda_window_release(context, made);
+    cuda_window_release(by, made);
     pd_fail(EIO, "%s", words);
     return NULL;
 }

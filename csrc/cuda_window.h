@@ -2,7 +2,7 @@
 #ifndef PD_CUDA_WINDOW_H
 #define PD_CUDA_WINDOW_H
 
-#include "cuda.h"
+#include "cuda_mover.h"
 #include "service.h"
 
 /* An owner's memory as it was told once, at addresses that are good in this process. */
@@ -18,7 +18,7 @@ typedef struct {
 /* How other processes find these regions, one per region; NULL after pd_fail. In the context. */
 service_export *cuda_export(const pd_memory *memory);
 /* `ours`: the owner is this very process, whose handles cannot be opened here. NULL after pd_fail. */
-cuda_window *cuda_window_open(const cuda_context *context, const directory *known, bool ours);
-void cuda_window_release(const cuda_context *context, cuda_window *each); /* also NULL */
+cuda_window *cuda_window_open(const cuda_mover *by, const directory *known, bool ours);
+void cuda_window_release(const cuda_mover *by, cuda_window *each); /* also NULL */
 
 #endif

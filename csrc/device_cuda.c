@@ -5,7 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-enum { PAGE = 4096, MOVE_MS = 10000 };
+enum { PAGE = 4096 };
 
 typedef struct pinned {
     struct pinned *next;
@@ -60,8 +60,7 @@ static void close_(void *own)
     while (each->pinned) {
         pinned *gone = each->pinned;
         each->pinned = gone->next;
-        if (!each->mover.stuck)
-            cuda_unpin(&each->mover.context, (void *)(uintptr_t)gone->at);
+        cuda_unpin(&each->mover.context, (void *)(uintptr_t)gone->at);
         free(gone);
     }
     cuda_mover_close(&each->mover);
@@ -155,7 +154,9 @@ static int move(void *own, const pd_move *moves, size_t count, pd_direction whic
 {
     gpu *each = own;
     bool by_kernel = which == PD_ON_DEVICE || reachable(each, moves, count, which);
-    return cuda_mover_run(&each->mover, moves, count, by_kernel, MOVE_MS, NULL);
+    /* A GPU that never ends holds this thread, and whoever waits for it gives the memory up: to return would let it be used
+     * again. */
+    return cuda_mover_run(&each->mover, moves, count, by_kernel, 0, NULL);
 }
 
 const pd_device_kind pd_cuda = {

@@ -87,6 +87,7 @@ typedef struct {
     service *service;
     pthread_mutex_t lock; /* guards the two below */
     void *context;
+    int device; /* of the context */
     acl_scratch scratch;
 } hccl;
 
@@ -387,15 +388,14 @@ static int hccl_describe(void *own, unsigned char *out, size_t room)
 static int hccl_publish(void *own, pd_memory *memory)
 {
     hccl *all = own;
-    int device = -1, error = 0;
-    for (size_t i = 0; i < memory->num_regions; i++) {
-        device = acl_device_of_region(&memory->regions[i]);
-        if (device < 0)
-            return device < -1 ? -EINVAL : pd_fail(EINVAL, "HCCL sends memory of devices only");
-    }
+    int device;
+    for (size_t i = 0; i < memory->num_regions; i++)
+        if (!(memory->regions[i].flags & PD_OF_DEVICE))
+            return pd_fail(EINVAL, "HCCL sends memory of devices only");
     pthread_mutex_lock(&all->lock);
-    if (!all->context && memory->num_regions) {
-        void *context = acl_context(device);
+    int error = acl_device_of_all(memory, all->context ? all->device : -1, &device);
+    if (!error && !all->context && memory->num_regions) {
+        void *context = acl_context(all->device = device);
         error = context ? acl_scratch_open(&all->scratch, all->core, context, all->threads) : -EIO;
         all->context = error ? NULL : context;
     }

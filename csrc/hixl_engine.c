@@ -119,6 +119,7 @@ int hixl_engine_open(hixl_engine *out, pd_transport *core, const pd_options *opt
 static int start(hixl_engine *each, int device)
 {
     each->context = acl_context(device);
+    each->device = device;
     if (!each->context)
         return -EIO;
     if (!each->scratch.buffers && acl_scratch_open(&each->scratch, each->core, each->context, each->threads))
@@ -147,21 +148,15 @@ static int by_address(const void *left, const void *right)
 }
 
 /* What to register for a set of regions, besides the buffers: neighbours as one. Negative after pd_fail. */
-static int merge(const pd_memory *memory, hixl_memory *out, size_t *count, int *device)
+static int merge(const pd_memory *memory, hixl_memory *out, size_t *count)
 {
     hixl_memory *all = calloc(memory->num_regions + 1, sizeof *all);
     if (!all)
         return pd_fail(ENOMEM, "no memory");
     int error = 0;
-    for (size_t i = 0; i < memory->num_regions && !error; i++) {
+    for (size_t i = 0; i < memory->num_regions; i++) {
         const pd_region *region = &memory->regions[i];
-        int on = acl_device_of_region(region);
-        if (on < -1)
-            error = -EINVAL;
-        all[i] = (hixl_memory){region->address, region->length, on < 0, NULL};
-        if (on >= 0 && *device >= 0 && on != *device)
-            error = pd_fail(EINVAL, "memory of devices %d and %d: an agent serves one", *device, on);
-        *device = on >= 0 ? on : *device;
+        all[i] = (hixl_memory){region->address, region->length, !(region->flags & PD_OF_DEVICE), NULL};
     }
     qsort(all, memory->num_regions, sizeof *all, by_address);
     *count = 0;
@@ -222,13 +217,14 @@ int hixl_engine_publish(hixl_engine *each, const pd_memory *memory)
 {
     hixl_memory wanted[HIXL_MAX_REGIONS];
     size_t count = 0;
-    int device = -1, error = merge(memory, wanted, &count, &device);
+    int device = -1, error = merge(memory, wanted, &count);
     if (error)
         return error;
     pthread_mutex_lock(&each->lock);
-    if (!each->handle && count)
+    error = acl_device_of_all(memory, each->handle ? each->device : -1, &device);
+    if (!error && !each->handle && count)
         error = start(each, device >= 0 ? device : each->settings.device >= 0 ? each->settings.device : 0);
-    else if (each->handle)
+    else if (!error && each->handle)
         error = acl_enter(each->context);
     if (!error && each->handle) {
         wanted[count] = (hixl_memory){(uintptr_t)each->scratch.buffers, each->scratch.count * PD_MAX_SLICE_BYTES, 0, NULL};

@@ -34,6 +34,7 @@ typedef struct {
     int threads;
     acl_scratch scratch; /* once memory is registered */
     void *context; /* of the device */
+    int device;
     pthread_mutex_t lock; /* guards all below */
     pthread_cond_t changed;
     void *handle; /* NULL until memory is registered */

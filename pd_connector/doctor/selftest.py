@@ -76,6 +76,9 @@ def run(options: Options, progress: Progress, started: Callable[[Child], None] =
         return findings
     findings.rows += _ascend_rows(seen, options)
     cases = _cases(options, seen, given, findings, begun + WHOLE_S)
+    if options.devices is not None and all(case.memory is MemoryKind.HOST for case in cases):
+        remedy = "leave --device away, or see below why no transport with memory of a device is tried"
+        findings.rows.append(Row("devices", State.FAIL, "--device: no memory of a device can be tried", remedy))
     for number, case in enumerate(cases, 1):
         if time.monotonic() > begun + _LATEST_S:
             findings.unavailable.append(Unavailable(case.transport, case.memory, _NO_TIME))

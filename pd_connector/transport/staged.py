@@ -19,7 +19,7 @@ from pd_connector.errors import ConfigError, LocalProtocolError, PDError, Remote
 from pd_connector.memory import MemoryKind, Region
 from pd_connector.plan import CopyPlan
 from pd_connector.transport.base import LeaseId, PeerId, Scope, Status, Traits
-from pd_connector.transport.device import Device, Direction, index_of
+from pd_connector.transport.device import CURRENT, Device, Direction, index_of
 from pd_connector.transport.device_memory import DeviceMemory
 from pd_connector.transport.grants import check_claim
 from pd_connector.transport.mover import Mover
@@ -64,7 +64,7 @@ class StagedTransport(ThreadedTransport):
         require(self.name)
         super().__init__(agent, self._options.cpus)
         self._instance = secrets.token_bytes(16)
-        self._devices: dict[MemoryKind, Device] = {}
+        self._devices: dict[tuple[MemoryKind, int], Device] = {}
         self._quiet = True
         self._exposed = Exposed(DeviceMemory(()))
         self._pool = SlotPool(self._options.slots, self._options.slot_bytes)
@@ -118,13 +118,13 @@ class StagedTransport(ThreadedTransport):
         return self._inner.can_reach(where.inner)
 
     def register(self, regions: Sequence[Region]) -> None:
-        """Raises TransportUnavailable where there is no device for such memory, or it is of several kinds."""
+        """Raises TransportUnavailable where there is no device for such memory, or it is of several."""
         self._check()
         try:
             memory = DeviceMemory(regions)
+            device = None if memory.kind is None else self._device(memory.kind, _one_of(regions))
         except LocalProtocolError as error:
             raise TransportUnavailable(self.name, str(error)) from error
-        device = None if memory.kind is None else self._device(memory.kind, index_of(regions[0]))
         self._exposed = self._owner.exposed = Exposed(memory, device)
 
     def unregister(self) -> None:
@@ -132,15 +132,15 @@ class StagedTransport(ThreadedTransport):
 
     def _device(self, kind: MemoryKind, index: int) -> Device:
         with self._lock:
-            if kind not in self._devices:
+            if (kind, index) not in self._devices:
                 device = Device(kind, index)
                 try:
                     device.pin(self._pool.region.address, self._pool.region.length)
                 except PDError:
                     device.close()
                     raise
-                self._devices[kind] = device
-            return self._devices[kind]
+                self._devices[kind, index] = device
+            return self._devices[kind, index]
 
     def revoke(self, lease: LeaseId) -> None:
         self._check()
@@ -229,6 +229,14 @@ class StagedTransport(ThreadedTransport):
         self._owner.close()
         self._reader.close()
         self._inner.close()
+
+
+def _one_of(regions: Sequence[Region]) -> int:
+    """The device that they lie on. Raises LocalProtocolError where that is more than one."""
+    numbers = sorted({index_of(region) for region in regions} - {CURRENT})
+    if len(numbers) > 1:
+        raise LocalProtocolError(f"memory of devices {' and '.join(map(str, numbers))}: an agent serves one")
+    return numbers[0] if numbers else CURRENT
 
 
 class StagedShm(StagedTransport):

@@ -54,8 +54,6 @@ def describe_caches(
     """Regions and layout of a worker's KV cache tensors: every group that vLLM hands over, in its order.
 
     Raises ConfigError for a way of dividing the cache that cannot be handed over."""
-    if (ranks := int(getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1))) > 1:
-        raise ConfigError(f"decode_context_parallel_size {ranks} interleaves tokens over ranks: use 1 with PDConnector")
     num_blocks = int(kv_cache_config.num_blocks)
     caches: dict[str, tuple[Any, ...]] = {}
     group_of: dict[str, int] = {}

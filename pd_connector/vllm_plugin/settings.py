@@ -14,6 +14,9 @@ from pd_connector.vllm_plugin import compat
 def instance_config(vllm_config: Any) -> Config:
     """Settings of this engine's advertised agent. Raises ConfigError."""
     transfer = vllm_config.kv_transfer_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (ranks := int(getattr(vllm_config.parallel_config, name, 1))) > 1:
+            raise ConfigError(f"{name} {ranks} interleaves tokens over ranks: use 1 with PDConnector")
     config = parse(transfer.kv_connector_extra_config or {}, "kv_connector_extra_config")
     if config.pool_bytes and not transfer.is_kv_consumer:
         raise ConfigError("pool_bytes is for decode instances: with kv_role kv_producer no turn ends here")

@@ -99,11 +99,23 @@ def test_memory_that_no_device_has() -> None:
         transport.close()
 
 
-def test_memory_of_two_devices() -> None:
-    transport = HixlTransport("owner", {})
+@pytest.mark.parametrize("make", [HixlTransport, HcclTransport, StagedTcp])
+def test_memory_of_two_devices(make: type[Transport]) -> None:
+    transport = make("owner", {})
     try:
         with pytest.raises(TransportUnavailable, match="devices 0 and 1: an agent serves one"):
             transport.register([region(device=0), region(device=1)])
+    finally:
+        transport.close()
+
+
+@pytest.mark.parametrize("make", [HixlTransport, HcclTransport])
+def test_memory_of_another_device_than_before(make: type[Transport]) -> None:
+    transport = make("owner", {})
+    try:
+        transport.register([region(device=0)])
+        with pytest.raises(TransportUnavailable, match="memory of device 1: this agent's was of device 0"):
+            transport.register([region(device=1)])
     finally:
         transport.close()
 

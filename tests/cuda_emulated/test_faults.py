@@ -20,8 +20,9 @@ from pd_connector.transport.cuda import CudaTransport
 
 from .device import GPU, faults, library, things
 
-FAILS = 999
-WORDS = re.compile(r"CUDA error 999|not of a GPU")
+FAILS, LOST = 999, 700
+"""LOST: what a stream says it says for ever, as drivers do once a context is lost."""
+WORDS = re.compile(r"CUDA error (999|700)|not of a GPU")
 RELEASES = {"cuMemFree_v2", "cuStreamDestroy_v2", "cuModuleUnload", "cuMemHostUnregister", "cuIpcCloseMemHandle"}
 RELEASES |= {"cuDevicePrimaryCtxRelease_v2", "cuCtxGetCurrent", "cuCtxSetCurrent"}
 """What was made stays where its release fails, or cannot be gone about."""
@@ -82,7 +83,7 @@ def outcome(owner: Owner, target: Arena) -> Completion:
 
 def fail_at(name: str, nth: int, owner: Owner, target: Arena) -> str:
     before = things()
-    faults(f"{name}:{nth}={FAILS}")
+    faults(f"{name}:{nth}={LOST if name == 'stream' else FAILS}")
     try:
         completion = outcome(owner, target)
         ended = completion.status.value
@@ -117,7 +118,7 @@ def test_a_call_that_fails_at_the_reader(name: str, elsewhere: Owner, target: Ar
 def test_a_call_that_fails_at_the_owner(name: str) -> None:
     memory, before = Arena(GEOMETRIES["mixed"], SEED, GPU), things()
     for nth in (1, 2, 3, 5):
-        faults(f"{name}:{nth}={FAILS}")
+        faults(f"{name}:{nth}={LOST if name == 'stream' else FAILS}")
         owner, words = None, ""
         try:
             owner = CudaTransport("owner", {})
@@ -171,10 +172,28 @@ def test_a_stuck_gpu_holds_no_close(elsewhere: Owner) -> None:
         session.pump(0.2)
     finally:
         session.reader.close()
-    assert things()["streams"] > 0, "a stream that the GPU may still use is left alone"
+    left = things()
+    assert left["streams"] > 0, "a stream that the GPU may still use is left alone"
+    assert left["opened"] >= len(kept), "and so is the owner's memory"
     del target, session
     gc.collect()
     assert all(each() is not None for each in kept)
+
+
+def test_a_gpu_that_is_asked_in_vain_is_asked_again(elsewhere: Owner, target: Arena) -> None:
+    """An error that says nothing of what is under way ends no read before its copies."""
+    session = Session(elsewhere, target)
+    try:
+        assert session.wait(session.connect()).status is Status.DONE
+        faults("stream:*=~400;" + ";".join(f"cuStreamQuery:{nth}=900" for nth in range(1, 9)))
+        completion = session.wait(session.read(session.blocks(range(4))))
+        assert completion.status is Status.ERROR
+        assert "CUDA error 900" in completion.detail
+        target.poison()
+        session.pump(1.0)
+        assert all((array == POISON).all() for array in target.arrays), "written after its end"
+    finally:
+        session.reader.close()
 
 
 def test_a_driver_without_batches(elsewhere: Owner, target: Arena) -> None:

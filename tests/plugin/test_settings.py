@@ -54,6 +54,16 @@ def test_an_address_that_others_reach_needs_keys(model: Path) -> None:
         instance_config(config)
 
 
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_tokens_interleaved_over_ranks_are_refused(model: Path, engine: Any, name: str) -> None:
+    caches = engine("kv_both").cache_config
+    config = engine_config(model, "kv_producer")
+    setattr(config.parallel_config, name, 2)
+    for role in KVConnectorRole:
+        with pytest.raises(ConfigError, match=f"{name} 2 interleaves tokens over ranks: use 1"):
+            PDConnector(config, role, caches)
+
+
 def test_a_pool_is_for_decode_instances(model: Path) -> None:
     for role in ("kv_consumer", "kv_both"):
         assert instance_config(engine_config(model, role, extra={"pool_bytes": 1 << 20})).pool_bytes == 1 << 20

@@ -60,7 +60,7 @@ def test_every_host_transport() -> None:
 
 
 def test_a_report_for_people() -> None:
-    done = pdc("--selftest", "--transport", "zmq", "--device", "0")
+    done = pdc("--selftest", "--transport", "zmq")
     assert done.returncode == 0, done
     assert "zmq, host memory: passed, connected in" in done.stdout
     assert "16 KiB" in done.stdout
@@ -172,6 +172,12 @@ def absent() -> str:
     if not names:
         pytest.skip("EVERY TRANSPORT IS AVAILABLE HERE")
     return names[0]
+
+
+def test_devices_that_are_asked_for_and_absent_fail() -> None:
+    found = run("zmq", devices=(5, 5))
+    assert found.failed
+    assert any("no memory of a device" in row.found for row in found.rows)
 
 
 def test_a_transport_that_is_asked_for_and_absent_fails(absent: str) -> None:
