@@ -41,7 +41,10 @@ class DeviceOrder:
             logger.exception("the device failed in what it was to finish first")
             if not anyway:
                 return  # it is not offered
-        do()
+        try:
+            do()
+        except Exception:  # an agent that closes meanwhile: nobody else would be told
+            logger.exception("what the device had finished was not passed on")
 
     def close(self) -> None:
         """What still waits is given up."""
