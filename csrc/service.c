@@ -231,15 +231,17 @@ static void *run_visit(void *argument)
 static void show_out(service *all)
 {
     unsigned strangers = 0;
-    const visit *oldest = NULL;
+    visit *oldest = NULL;
     pthread_mutex_lock(&all->lock);
-    for (const visit *each = all->visits; each; each = each->next) /* the newest first */
+    for (visit *each = all->visits; each; each = each->next) /* the newest first */
         if (!atomic_load(&each->greeted)) {
             strangers++;
             oldest = each;
         }
-    if (strangers >= SERVICE_STRANGERS)
+    if (strangers >= SERVICE_STRANGERS) {
+        atomic_store(&oldest->greeted, true); /* its thread may take a while to notice: another one is next */
         shutdown(oldest->fd, SHUT_RDWR);
+    }
     pthread_mutex_unlock(&all->lock);
 }
 

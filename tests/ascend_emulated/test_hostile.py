@@ -30,6 +30,8 @@ DONE, NOT_GRANTED, STALE = 0, 2, 100
 WHERE = struct.Struct("<8s16sHH16s")
 ASK = struct.Struct("<QQQII64s")
 PIECE = struct.Struct("<QQQII")
+STRANGERS = 64
+"""SERVICE_STRANGERS of csrc/service.h."""
 
 
 @pytest.fixture
@@ -176,19 +178,17 @@ def test_random_bytes(pair: Pair) -> None:
 
 
 def test_connections_without_number(pair: Pair) -> None:
-    """The silent ones are refused once there are too many, and go after a while."""
+    """Of the silent ones all but the latest 64 are shown out, and those who stay keep nobody out."""
     silent = [dial(pair) for _ in range(560)]
     refused = 0
     end = time.monotonic() + 8  # before anybody goes for being silent
     with selectors.DefaultSelector() as waiting:
         for each in silent:
             waiting.register(each, selectors.EVENT_READ)
-        while refused < 40 and time.monotonic() < end:  # not those that dialled last: a full queue mixes them
+        while refused < 560 - STRANGERS and time.monotonic() < end:
             for key, _ in waiting.select(0.5):
                 refused += hung_up(waiting.unregister(key.fileobj).fileobj)  # type: ignore[arg-type]
-    assert refused >= 40
-    for each in silent:
-        each.close()
+    assert refused == 560 - STRANGERS
     end = time.monotonic() + 20
     while True:
         pair.reader.connect(PEER, pair.owner.describe(), tag := pair.tag())
@@ -196,6 +196,8 @@ def test_connections_without_number(pair: Pair) -> None:
             break
         assert time.monotonic() < end
     pair.settle()
+    for each in silent:
+        each.close()
 
 
 @contextmanager
