@@ -97,13 +97,15 @@ int cuda_device_of(cuda_pointer at)
     return device;
 }
 
-int cuda_device_of_all(const pd_memory *memory, int *out)
+int cuda_device_of_all(const pd_memory *memory, int before, int *out)
 {
     *out = -1;
     for (size_t i = 0; i < memory->num_regions; i++) {
         const pd_region *region = &memory->regions[i];
         if (!(region->flags & PD_OF_DEVICE))
             continue;
+        if (*out < 0 && cuda_probe())
+            return -ENODEV;
         int here = cuda_device_of(region->address);
         if (here < 0)
             return pd_fail(EINVAL, "memory at %#llx is not of a GPU", (unsigned long long)region->address);
@@ -111,6 +113,8 @@ int cuda_device_of_all(const pd_memory *memory, int *out)
             return pd_fail(EINVAL, "memory lies on GPU %d and on GPU %d: use an agent for each", *out, here);
         *out = here;
     }
+    if (before >= 0 && *out >= 0 && *out != before)
+        return pd_fail(EINVAL, "memory on GPU %d: this agent's was on GPU %d", *out, before);
     return 0;
 }
 

@@ -101,8 +101,9 @@ int cuda_probe(void); /* the same: there is a GPU too, and it can be used */
 int cuda_failed(const char *what, cuda_error error);
 /* The device that memory lies on; -1: it is the host's, or nobody's. */
 int cuda_device_of(cuda_pointer at);
-/* The one that all regions of devices lie on; -1: there are none. Negative after pd_fail: on several, or on none. */
-int cuda_device_of_all(const pd_memory *memory, int *out);
+/* The one that all regions of devices lie on; -1: there are none. Negative after pd_fail: on several, or on none, or it is
+ * not `before` (-1: whichever), which an agent cannot change, or GPUs cannot be used here. */
+int cuda_device_of_all(const pd_memory *memory, int before, int *out);
 
 typedef struct { /* of a device: its primary one, which is the one that engines use too */
     void *handle;

@@ -126,10 +126,6 @@ static int cuda_describe(void *own, unsigned char *out, size_t room)
 /* What reads need, once the GPU is known. */
 static int begin(cuda_agent *all, int device)
 {
-    if (atomic_load(&all->ready))
-        return all->mover.context.device == device
-                   ? 0
-                   : pd_fail(EINVAL, "this agent's memory was of GPU %d", all->mover.context.device);
     void *before;
     if (cuda_mover_open(&all->mover, device))
         return -EIO;
@@ -151,11 +147,13 @@ static int begin(cuda_agent *all, int device)
 static int cuda_publish(void *own, pd_memory *memory)
 {
     cuda_agent *all = own;
+    bool ready = atomic_load(&all->ready);
+    int device;
     void *before;
     if (!memory->num_regions)
         return service_publish(all->service, memory, NULL);
-    int device;
-    if (cuda_device_of_all(memory, &device) || begin(all, device) || cuda_enter(&all->mover.context, &before))
+    if (cuda_device_of_all(memory, ready ? all->mover.context.device : -1, &device) || (!ready && begin(all, device)) ||
+        cuda_enter(&all->mover.context, &before))
         return -EINVAL;
     service_export *exports = cuda_export(memory);
     cuda_leave(before);

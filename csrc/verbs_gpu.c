@@ -34,18 +34,9 @@ static int begin(verbs *all, int device)
 
 int gpu_publish(verbs *all, const pd_memory *memory)
 {
-    int device = -1;
-    for (size_t i = 0; i < memory->num_regions; i++)
-        if (memory->regions[i].flags & PD_OF_DEVICE && cuda_probe())
-            return -ENODEV;
-    if (cuda_device_of_all(memory, &device))
-        return -EINVAL;
-    if (device < 0)
-        return 0;
-    if (!atomic_load(&all->gpu.ready))
-        return begin(all, device);
-    int first = all->gpu.mover.context.device;
-    return first == device ? 0 : pd_fail(EINVAL, "this agent's memory was of GPU %d", first);
+    bool ready = atomic_load(&all->gpu.ready);
+    int device, error = cuda_device_of_all(memory, ready ? all->gpu.mover.context.device : -1, &device);
+    return error || ready || device < 0 ? error : begin(all, device);
 }
 
 int gpu_dma_buf(const verbs *all, const pd_region *region, uint64_t *offset)

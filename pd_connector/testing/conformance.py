@@ -20,13 +20,14 @@ import random
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from pd_connector.errors import LocalProtocolError
+from pd_connector.memory import GridRef
 from pd_connector.plan import CopyPlan, Pattern, coalesce
 from pd_connector.testing.arena import PRIVATE
 from pd_connector.testing.conformance_endings import Endings
@@ -43,6 +44,8 @@ from pd_connector.testing.pair import (
     strided_plan,
 )
 from pd_connector.transport.base import Completion, LeaseId, Status, Transport
+
+Planner = Callable[[random.Random, Sequence[GridRef]], CopyPlan]
 
 
 class TransportConformance(Endings):
@@ -107,10 +110,10 @@ class TransportConformance(Endings):
     # Bytes
 
     @pytest.mark.parametrize("make_plan", [random_plan, strided_plan])
-    def test_plans_are_byte_exact(self, mixed: Pair, make_plan: Callable[[random.Random, Pair], CopyPlan]) -> None:
+    def test_plans_are_byte_exact(self, mixed: Pair, make_plan: Planner) -> None:
         rng = random.Random(SEED)
         for _ in range(80):
-            plan = make_plan(rng, mixed)
+            plan = make_plan(rng, mixed.target.grids)
             expected = mixed.target.expect(plan, mixed.source, mixed.target.arrays)
             completion = mixed.wait(mixed.read(plan))
             assert completion.status is Status.DONE, completion
@@ -322,7 +325,7 @@ class TransportConformance(Endings):
         for _ in range(400):
             dice = rng.random()
             if dice < 0.75:
-                reads.append(mixed.read(random_plan(rng, mixed), priority=rng.randint(0, 1)))
+                reads.append(mixed.read(random_plan(rng, mixed.target.grids), priority=rng.randint(0, 1)))
             elif dice < 0.93 and reads:
                 mixed.reader.cancel(rng.choice(reads))
             elif dice < 0.96:

@@ -34,11 +34,11 @@ class Owner(Protocol):
 
 
 class LocalOwner:
-    """``transport`` with memory of a named geometry, in this process."""
+    """``transport`` with memory of a named geometry, in this process. ``memory``: what kind, or the arena itself."""
 
-    def __init__(self, transport: Transport, geometry: str, seed: int, memory: str = PRIVATE) -> None:
+    def __init__(self, transport: Transport, geometry: str, seed: int, memory: str | Arena = PRIVATE) -> None:
         self.transport = transport
-        self.arena = Arena(GEOMETRIES[geometry], seed, memory)
+        self.arena = memory if isinstance(memory, Arena) else Arena(GEOMETRIES[geometry], seed, memory)
         transport.register(self.arena.regions)
 
     def describe(self) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pd_connector.memory import GridRef
 from pd_connector.plan import CopyPlan, Dim, Pattern, coalesce, whole_patterns
 from pd_connector.testing.arena import GEOMETRIES, POISON, PRIVATE, Arena
 from pd_connector.testing.owner_process import Owner
@@ -51,17 +52,22 @@ IMPOSSIBLE_PLANS = (
 
 
 class Pair:
-    """A reader and an owner with known memory; the reader is connected and holds a lease on every block."""
+    """A reader and an owner with known memory; the reader is connected and holds a lease on every block.
 
-    def __init__(self, reader: Transport, owner: Owner, geometry: str, memory: str = PRIVATE) -> None:
+    ``memory`` that is read into: what kind, or the arena itself. Not ``connected`` where a test expects that to fail.
+    """
+
+    def __init__(
+        self, reader: Transport, owner: Owner, geometry: str, memory: str | Arena = PRIVATE, *, connected: bool = True
+    ) -> None:
         self.reader, self.owner = reader, owner
         self.source = Arena(GEOMETRIES[geometry], SEED)
-        self.target = Arena(GEOMETRIES[geometry], SEED + 1, memory)
+        self.target = memory if isinstance(memory, Arena) else Arena(GEOMETRIES[geometry], SEED + 1, memory)
         self._next_tag = 1
         self.ended: dict[int, Completion] = {}
         reader.register(self.target.regions)
         owner.grant(LEASE, CAPABILITY, self.all_blocks())
-        assert self.wait(self.connect()).status is Status.DONE
+        assert not connected or self.wait(self.connect()).status is Status.DONE
 
     def all_blocks(self) -> dict[int, list[int]]:
         return {ref.grid.group: list(range(ref.grid.num_blocks)) for ref in self.source.grids}
@@ -129,9 +135,8 @@ class Pair:
             self.pump()
 
 
-def random_plan(rng: random.Random, pair: Pair) -> CopyPlan:
+def random_plan(rng: random.Random, grids: Sequence[GridRef]) -> CopyPlan:
     """Scattered blocks; patterns between any two grids, at any offsets, of any size that fits both."""
-    grids = pair.target.grids
     blocks = rng.randint(1, 48)
     patterns = []
     # Patterns with destinations of their own, so that the order of writes cannot matter.
@@ -149,10 +154,9 @@ def random_plan(rng: random.Random, pair: Pair) -> CopyPlan:
     return CopyPlan(coalesce(rng.sample(range(48), blocks), rng.sample(range(48), blocks)), tuple(patterns))
 
 
-def strided_plan(rng: random.Random, pair: Pair) -> CopyPlan:
+def strided_plan(rng: random.Random, grids: Sequence[GridRef]) -> CopyPlan:
     """Runs with steps; patterns of up to three dimensions, of runs from one byte to some thousand, in any order on the
     source's side and apart on the destination's."""
-    grids = pair.target.grids
     patterns = []
     for dst_grid in rng.sample(range(len(grids)), rng.randint(1, 3)):
         src_grid = rng.randrange(len(grids))

@@ -3,7 +3,6 @@ agents work. Not run on hardware."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +12,7 @@ from pd_connector.errors import PDError
 from pd_connector.memory import native
 from pd_connector.testing.arena import GEOMETRIES, Arena
 from pd_connector.testing.owner_process import LocalOwner
-from pd_connector.testing.pair import CAPABILITY, DEADLINE_S, LEASE, SEED, Pair
+from pd_connector.testing.pair import SEED, Pair
 from pd_connector.transport.base import Status, Transport
 from pd_connector.transport.hccl import HcclTransport
 from pd_connector.transport.hixl import HixlTransport
@@ -96,23 +95,13 @@ def attempt(owner: Transport, reader: Transport) -> None:
     try:
         served = LocalOwner(owner, "mixed", SEED, ADOPTED)
         target = Arena(GEOMETRIES["mixed"], SEED + 1, ADOPTED)
-        reader.register(target.regions)
-        reader.connect("owner#1", served.describe(), 1)
+        over = Pair(reader, served, "mixed", target, connected=False)
+        ended = over.wait(over.connect())
     except PDError:
         return
-    end = time.monotonic() + DEADLINE_S
-    while not (ended := reader.poll(1)):
-        assert time.monotonic() < end, "connecting does not end"
-        time.sleep(0.005)
-    if ended[0].status is Status.DONE:
-        over = Pair.__new__(Pair)
-        over.reader, over.owner, over.target, over.ended = reader, served, target, {}
-        over.source, over._next_tag = served.arena, 1
-        served.grant(LEASE, CAPABILITY, over.all_blocks())
-        for _ in range(3):
-            whole(over)
-    else:
-        assert len(ended[0].detail) > 10
+    assert ended.status is Status.DONE or len(ended.detail) > 10
+    for _ in range(3 if ended.status is Status.DONE else 0):
+        whole(over)
 
 
 @pytest.mark.parametrize(("transport", "name", "code"), CALLS)

@@ -170,7 +170,7 @@ def test_halves_are_the_whole() -> None:
 
     pair = Faulty("inproc").pair
     rng = random.Random(SEED)
-    plans = [random_plan(rng, pair) for _ in range(30)]
+    plans = [random_plan(rng, pair.target.grids) for _ in range(30)]
     plans += [pair.blocks([3]), CopyPlan(coalesce([3], [5]), (Pattern(0, 0, 1, 2, 3),))]
     plans += [CopyPlan(coalesce([3, 4, 5], [5, 6, 7]), (Pattern(0, 0, 1, 2, 1),))]
     for plan in plans:

@@ -8,6 +8,7 @@ import random
 import re
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -48,37 +49,28 @@ def target() -> Arena:
     return Arena(GEOMETRIES["mixed"], SEED + 1, GPU)
 
 
-class Session(Pair):
+@contextmanager
+def reading(owner: Owner, target: Arena, options: dict[str, int] | None = None) -> Iterator[Pair]:
     """A pair that may fail to come about, and is not connected yet."""
-
-    def __init__(self, owner: Owner, target: Arena, options: dict[str, int] | None = None) -> None:
-        self.owner, self.target = owner, target
-        self.source = Arena(GEOMETRIES["mixed"], SEED)
-        self._next_tag, self.ended = 1, {}
-        self.reader = CudaTransport("reader", options or {})
-        try:
-            self.reader.register(target.regions)
-            owner.grant(LEASE, CAPABILITY, self.all_blocks())
-        except BaseException:
-            self.reader.close()
-            raise
+    reader = CudaTransport("reader", options or {})
+    try:
+        yield Pair(reader, owner, "mixed", target, connected=False)
+    finally:
+        reader.close()
 
 
 def outcome(owner: Owner, target: Arena) -> Completion:
     """Of the first operation that failed, or the last one."""
-    session = Session(owner, target)
-    try:
-        completion = session.wait(session.connect())
+    with reading(owner, target) as pair:
+        completion = pair.wait(pair.connect())
         rng = random.Random(SEED)
-        for plan in (session.blocks(range(48)), session.blocks(range(20), group=1), strided_plan(rng, session)):
+        for plan in (pair.blocks(range(48)), pair.blocks(range(20), group=1), strided_plan(rng, pair.target.grids)):
             if completion.status is not Status.DONE:
                 break
-            expected = session.target.expect(plan, session.source, session.target.arrays)
-            completion = session.wait(session.read(plan))
-            assert completion.status is not Status.DONE or session.target.same(expected)
-        return completion
-    finally:
-        session.reader.close()
+            expected = pair.target.expect(plan, pair.source, pair.target.arrays)
+            completion = pair.wait(pair.read(plan))
+            assert completion.status is not Status.DONE or pair.target.same(expected)
+    return completion
 
 
 def fail_at(name: str, nth: int, owner: Owner, target: Arena) -> str:
@@ -144,56 +136,47 @@ def test_every_copy_fails(elsewhere: Owner, target: Arena) -> None:
 
 
 def test_a_slow_gpu_is_an_error_once_it_is_quiet(elsewhere: Owner, target: Arena) -> None:
-    session = Session(elsewhere, target, {"transfer_ms": 50})
-    try:
-        assert session.wait(session.connect()).status is Status.DONE
+    with reading(elsewhere, target, {"transfer_ms": 50}) as pair:
+        assert pair.wait(pair.connect()).status is Status.DONE
         faults("stream:*=~300")
-        completion = session.wait(session.read(session.blocks(range(48))))
+        completion = pair.wait(pair.read(pair.blocks(range(48))))
         assert completion.status is Status.ERROR
         assert "longer than 50 ms" in completion.detail
         faults("")
         target.poison()
-        session.pump(0.5)
+        pair.pump(0.5)
         assert all((array == POISON).all() for array in target.arrays), "written after its end"
-        session.settle()
-    finally:
-        session.reader.close()
+        pair.settle()
 
 
 def test_a_stuck_gpu_holds_no_close(elsewhere: Owner) -> None:
     """What it may still write to stays, although nobody knows it any more."""
     target = Arena(GEOMETRIES["mixed"], SEED + 1, GPU)
     kept = [weakref.ref(region.keepalive) for region in target.regions]
-    session = Session(elsewhere, target, {"transfer_ms": 50})
-    try:
-        assert session.wait(session.connect()).status is Status.DONE
+    with reading(elsewhere, target, {"transfer_ms": 50}) as pair:
+        assert pair.wait(pair.connect()).status is Status.DONE
         faults("stream:*=~2000")
-        session.read(session.blocks(range(48)))
-        session.pump(0.2)
-    finally:
-        session.reader.close()
+        pair.read(pair.blocks(range(48)))
+        pair.pump(0.2)
     left = things()
     assert left["streams"] > 0, "a stream that the GPU may still use is left alone"
     assert left["opened"] >= len(kept), "and so is the owner's memory"
-    del target, session
+    del target, pair
     gc.collect()
     assert all(each() is not None for each in kept)
 
 
 def test_a_gpu_that_is_asked_in_vain_is_asked_again(elsewhere: Owner, target: Arena) -> None:
     """An error that says nothing of what is under way ends no read before its copies."""
-    session = Session(elsewhere, target)
-    try:
-        assert session.wait(session.connect()).status is Status.DONE
+    with reading(elsewhere, target) as pair:
+        assert pair.wait(pair.connect()).status is Status.DONE
         faults("stream:*=~400;" + ";".join(f"cuStreamQuery:{nth}=900" for nth in range(1, 9)))
-        completion = session.wait(session.read(session.blocks(range(4))))
+        completion = pair.wait(pair.read(pair.blocks(range(4))))
         assert completion.status is Status.ERROR
         assert "CUDA error 900" in completion.detail
         target.poison()
-        session.pump(1.0)
+        pair.pump(1.0)
         assert all((array == POISON).all() for array in target.arrays), "written after its end"
-    finally:
-        session.reader.close()
 
 
 def test_a_driver_without_batches(elsewhere: Owner, target: Arena) -> None:

@@ -96,6 +96,18 @@ def test_from_one_gpu_to_another(elsewhere: ProcessOwner) -> None:
         pair.reader.close()
 
 
+def test_an_agent_stays_with_its_gpu() -> None:
+    transport = CudaTransport("agent", {})
+    try:
+        transport.register(Arena(GEOMETRIES["mixed"], SEED, GPU).regions)
+        transport.unregister()
+        with pytest.raises(TransportUnavailable, match="memory on GPU 1: this agent's was on GPU 0"):
+            transport.register(Arena(GEOMETRIES["mixed"], SEED, SECOND).regions)
+        transport.register(Arena(GEOMETRIES["mixed"], SEED, GPU).regions)
+    finally:
+        transport.close()
+
+
 def test_from_one_gpu_to_another_in_one_process_without_kernels_on_the_peer() -> None:
     owner = LocalOwner(CudaTransport("owner", {}), "big", SEED, GPU)
     pair = Pair(CudaTransport("reader", {}), owner, "big", SECOND)

@@ -13,7 +13,7 @@ from pd_connector.plan import CopyPlan
 from pd_connector.testing.arena import GEOMETRIES, POISON, Arena
 from pd_connector.testing.conformance import ProcessConformance, TransportConformance
 from pd_connector.testing.owner_process import LocalOwner
-from pd_connector.testing.pair import CAPABILITY, LEASE, SEED, Pair, strided_plan
+from pd_connector.testing.pair import SEED, Pair, strided_plan
 from pd_connector.transport import staged
 from pd_connector.transport.base import Status, Transport
 from pd_connector.transport.staged import StagedShm, StagedTcp
@@ -50,14 +50,9 @@ def outcome(owner: Arena, target: Arena, plan: CopyPlan) -> tuple[str, bool]:
     """What was said of one read between fresh agents, and whether all bytes are right."""
     made: list[Transport] = []
     try:
-        for name, arena in (("owner", owner), ("reader", target)):
+        for name in ("owner", "reader"):
             made.append(StagedShm(name, {}))
-            made[-1].register(arena.regions)
-        over, there = Pair.__new__(Pair), LocalOwner.__new__(LocalOwner)
-        there.transport, there.arena = made[0], owner
-        over.reader, over.owner, over.source, over.target = made[1], there, owner, target
-        over._next_tag, over.ended = 1, {}
-        there.grant(LEASE, CAPABILITY, over.all_blocks())
+        over = Pair(made[1], LocalOwner(made[0], "mixed", SEED, owner), "mixed", target, connected=False)
         assert over.wait(over.connect()).status is Status.DONE
         expected = over.target.expect(plan, over.source, over.target.snapshot())
         ended = over.wait(over.read(plan))
@@ -73,9 +68,7 @@ def outcome(owner: Arena, target: Arena, plan: CopyPlan) -> tuple[str, bool]:
 def test_a_call_that_fails(name: str) -> None:
     """Done and whole, or an error in words; the next agents find everything well."""
     arenas = [Arena(GEOMETRIES["mixed"], SEED + n, GPU) for n in range(2)]
-    pair = Pair.__new__(Pair)
-    pair.source, pair.target = arenas
-    plan, failed = strided_plan(random.Random(SEED), pair), 0
+    plan, failed = strided_plan(random.Random(SEED), arenas[1].grids), 0
     for nth in (1, 2, 3, 5, 8):
         code = 700 if name == "stream" else 999  # what a stream says it says for ever
         faults(f"{name}:{nth}={code}")

@@ -16,7 +16,7 @@ from pd_connector.plan import CopyPlan
 from pd_connector.testing.arena import GEOMETRIES, MIXED, POISON, Arena
 from pd_connector.testing.conformance import ProcessConformance, TransportConformance
 from pd_connector.testing.owner_process import LocalOwner
-from pd_connector.testing.pair import CAPABILITY, LEASE, SEED, Pair, strided_plan
+from pd_connector.testing.pair import SEED, Pair, strided_plan
 from pd_connector.transport.base import Status, Transport
 from pd_connector.transport.verbs import VerbsTransport
 from tests.cuda_emulated import device
@@ -100,7 +100,7 @@ def test_blocks_are_moved_by_rdma_devices_alone(pair: Pair) -> None:
     assert pair.reader.counters()["dma_bufs"] == len(GEOMETRIES["mixed"])
     assert whole(pair, pair.blocks(range(0, 48, 2), range(1, 48, 2)))
     assert calls(*COPIES) == 0
-    assert whole(pair, strided_plan(random.Random(SEED), pair))
+    assert whole(pair, strided_plan(random.Random(SEED), pair.target.grids))
     assert calls(*COPIES) > 0
 
 
@@ -111,7 +111,7 @@ def test_a_driver_that_gives_no_dma_bufs_beside_a_peer_memory_module() -> None:
     assert isinstance(over.reader, VerbsTransport)
     assert over.reader.counters()["dma_bufs"] == 0
     assert whole(over, over.blocks(range(0, 48, 2), range(1, 48, 2)))
-    assert whole(over, strided_plan(random.Random(SEED), over))
+    assert whole(over, strided_plan(random.Random(SEED), over.target.grids))
     over.reader.close()
     owner.close()
 
@@ -165,7 +165,7 @@ def test_memory_of_the_host_beside_that_of_a_gpu() -> None:
     over.target = on_gpu
     over.target.arrays[::2] = on_host.arrays[::2]
     over.reader.register(mixed)
-    for plan in (over.blocks(range(48)), strided_plan(random.Random(SEED), over)):
+    for plan in (over.blocks(range(48)), strided_plan(random.Random(SEED), over.target.grids)):
         assert whole(over, plan)
     over.reader.close()
     owner.close()
@@ -212,7 +212,7 @@ def test_memory_of_two_gpus_is_refused() -> None:
 
 def test_a_gpu_that_does_not_put_runs_in_their_places(pair: Pair) -> None:
     """It is an error, and only once nothing writes any more."""
-    plan = strided_plan(random.Random(SEED), pair)
+    plan = strided_plan(random.Random(SEED), pair.target.grids)
     device.faults("stream:*=700")
     ended = pair.wait(pair.read(plan))
     assert ended.status is Status.ERROR
@@ -231,7 +231,7 @@ def test_a_gpu_that_does_not_put_runs_in_their_places(pair: Pair) -> None:
 def test_a_stuck_gpu_holds_no_close(pair: Pair, stays: set[str]) -> None:
     stays |= {"streams", "pinned", "modules", "contexts"}
     device.faults("stream:*=~8000")
-    pair.read(strided_plan(random.Random(SEED), pair))
+    pair.read(strided_plan(random.Random(SEED), pair.target.grids))
     pair.pump(1.0)
     start = time.monotonic()
     pair.reader.close()
@@ -249,15 +249,12 @@ CALLS = (
 
 def outcome(owner: LocalOwner, plan: CopyPlan, target: Arena) -> tuple[str, bool]:
     """What was said of a fresh reader's read, and whether the bytes are all there."""
-    over = Pair.__new__(Pair)
     try:
         reader = VerbsTransport("reader", {})
     except TransportUnavailable as error:
         return str(error), False
     try:
-        reader.register(target.regions)
-        over.reader, over.owner, over.target, over.source = reader, owner, target, owner.arena
-        over._next_tag, over.ended = 1, {}
+        over = Pair(reader, owner, "mixed", target, connected=False)
         assert over.wait(over.connect()).status is Status.DONE
         expected = target.expect(plan, owner.arena, target.snapshot())
         ended = over.wait(over.read(plan))
@@ -275,11 +272,7 @@ def test_a_call_of_the_driver_that_fails(name: str, stays: set[str]) -> None:
     library().emu_rdma_writes(NOTHING_ORDERED, BY_HOST)
     owner = LocalOwner(VerbsTransport("owner", {}), "mixed", SEED, GPU)
     target = Arena(GEOMETRIES["mixed"], SEED + 1, GPU)
-    over = Pair(VerbsTransport("other", {}), owner, "mixed", GPU)
-    plan = strided_plan(random.Random(SEED), over)
-    over.reader.close()
-    owner.grant(LEASE, CAPABILITY, over.all_blocks())
-    failed = 0
+    plan, failed = strided_plan(random.Random(SEED), target.grids), 0
     for nth in (1, 2, 3, 5, 8):
         device.faults(f"{name}:{nth}=999")
         words, whole_ = outcome(owner, plan, target)
