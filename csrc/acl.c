@@ -5,6 +5,7 @@
 #include "dl.h"
 
 #include <errno.h>
+#include <unistd.h>
 
 acl_library acl;
 
@@ -111,21 +112,23 @@ int acl_enter(void *context)
 
 acl_error acl_drain(void **stream, pd_transport *core)
 {
-    enum { LOOK_MS = 500, ASKED = 3 };
-    acl_error first = 0, last = 0;
-    int waited = 0;
-    for (int i = 0; i < ASKED; i++) {
-        while ((last = acl.aclrtSynchronizeStreamWithTimeout(*stream, LOOK_MS)) == ACL_SYNC_TIMEOUT)
-            if (core && pd_closing(core) && (waited += LOOK_MS) >= ACL_LAST_MS)
-                return last;
+    enum { LOOK_MS = 500, ASKED = 3, NAP_MS = 50 };
+    acl_error first = 0;
+    for (int refused = 0;;) {
+        acl_error last = acl.aclrtSynchronizeStreamWithTimeout(*stream, LOOK_MS);
         if (!last)
             return first; /* also after an error: that was its word about what went before */
-        first = first ? first : last;
+        if (last != ACL_SYNC_TIMEOUT) {
+            first = first ? first : last;
+            if (++refused >= ASKED && !acl.aclrtDestroyStream(*stream)) {
+                *stream = NULL;
+                return first;
+            }
+            usleep(NAP_MS * 1000);
+        }
+        if (core && pd_closing_for(core, ACL_LAST_MS))
+            return ACL_SYNC_TIMEOUT;
     }
-    acl.aclrtDestroyStream(*stream);
-    *stream = NULL;
-    acl.aclrtCreateStream(stream);
-    return first;
 }
 
 static atomic_bool no_rows;
@@ -196,14 +199,21 @@ pd_status acl_scratch_place(acl_scratch *each, const pd_rows *rows, size_t count
     if (acl_enter(each->context))
         return PD_ERROR;
     pthread_mutex_lock(&each->lock);
-    acl_error error = 0;
-    for (size_t i = 0; !error && i < count; i++)
-        error = place(each, &rows[i]);
-    acl_error last = each->stream ? acl_drain(&each->stream, each->core) : ACL_NO_CONTEXT;
+    acl_error error = 0, last = 0;
+    bool refused = pd_closing(each->core); /* one patience for a close, not one for each slice */
+    if (!refused && !each->stream)
+        error = acl.aclrtCreateStream(&each->stream);
+    if (!refused && !error) { /* without a stream of its own it would be the context's, which nobody waits for */
+        for (size_t i = 0; !error && i < count; i++)
+            error = place(each, &rows[i]);
+        last = acl_drain(&each->stream, each->core);
+    }
     each->stuck |= last == ACL_SYNC_TIMEOUT;
     if (last == ACL_SYNC_TIMEOUT)
         pd_abandon(each->core);
     pthread_mutex_unlock(&each->lock);
     error = error ? error : last;
+    if (refused)
+        return pd_fail(ECANCELED, "this agent closes"), PD_ERROR;
     return error ? acl_failed("what was read is not put in its places", error), PD_ERROR : PD_DONE;
 }

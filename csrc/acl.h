@@ -20,7 +20,7 @@ enum {
 };
 enum { ACL_HOST_TO_DEVICE = 1, ACL_DEVICE_TO_HOST, ACL_DEVICE_TO_DEVICE };
 enum { ACL_LOCATION_HOST, ACL_LOCATION_DEVICE };
-enum { ACL_HUGE_FIRST = 0, ACL_HOST_MAPPED = 0, ACL_LAST_MS = 30000 };
+enum { ACL_HUGE_FIRST = 0, ACL_HOST_MAPPED = 0, ACL_LAST_MS = 10000 };
 
 typedef struct {
     uint32_t id;
@@ -78,8 +78,8 @@ void *acl_context(int device);
 int acl_enter(void *context);
 
 /* Until a stream has nothing left, and what it said: on return nothing of it writes any more. One that gives no clean answer
- * is ended and made anew. While it only takes long we stay, for what it writes to must not be used again; `core` (NULL: none)
- * that closes waits ACL_LAST_MS more. */
+ * is destroyed, which waits for what it holds, and NULL then. While neither can be had we stay, for what it writes to must
+ * not be used again. ACL_SYNC_TIMEOUT: `core` (NULL: none) has been closing for ACL_LAST_MS, and it may still write. */
 acl_error acl_drain(void **stream, pd_transport *core);
 
 /* Whether rows that are a stride apart can be copied at once: some drivers have the function, but not for all kinds. Once it

@@ -90,6 +90,7 @@ typedef struct pd_backend {
 pd_taken *pd_take(pd_transport *core, uint64_t peer, pd_piece *pieces, pd_slice *slice);
 bool pd_wanted(pd_transport *core, const pd_taken *taken); /* its read has not ended */
 bool pd_closing(pd_transport *core);
+bool pd_closing_for(pd_transport *core, int milliseconds); /* and since so long */
 void pd_abandon(pd_transport *core); /* a device that was given up may still write: pd_close is to say so */
 void pd_give(pd_transport *core, pd_taken *taken, pd_status status, const char *words);
 void pd_dialled(pd_transport *core, uint64_t peer, pd_status status, const char *words);

@@ -9,6 +9,8 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "net.h"
+
 static const pd_backend *const backends[] = {&pd_shm, &pd_tcp, &pd_verbs, &pd_hixl, &pd_hccl, &pd_cuda_ipc};
 
 static _Thread_local char last_error[PD_MAX_WORDS];
@@ -78,6 +80,7 @@ int pd_close(pd_transport *transport)
 {
     pthread_mutex_lock(&transport->lock);
     transport->stop = true;
+    transport->stopped = net_now_ms();
     pthread_cond_broadcast(&transport->work);
     pthread_mutex_unlock(&transport->lock);
     for (int i = 0; i < transport->running; i++)

@@ -80,6 +80,7 @@ struct pd_transport {
     pthread_mutex_t lock, owner_lock; /* owner_lock: the backend's publish, grant and revoke */
     pthread_cond_t work;
     bool stop;
+    int64_t stopped; /* when, by net_now_ms */
     atomic_bool abandoned;
     int bell;
     uint64_t events; /* ends and fences so far */

@@ -144,7 +144,8 @@ static int64_t now_us(void)
 /* Whether the context is gone, and with it all that was under way; after any other error something may still be. */
 static bool lost(cuda_error error)
 {
-    static const cuda_error last[] = {4, 201, 214, 400, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719};
+    static const cuda_error last[] = {4,   201, 214, 220, 226, 400, 700, 702, 709, 710,
+                                      714, 715, 716, 717, 718, 719, 809, 911};
     for (size_t i = 0; i < sizeof last / sizeof *last; i++)
         if (error == last[i])
             return true;
@@ -155,7 +156,7 @@ static bool lost(cuda_error error)
  * what the driver has for waiting knows no deadline. */
 static cuda_error wait(void *stream, int milliseconds, pd_transport *core, bool *late)
 {
-    enum { FIRST_NAP_US = 10, NAP_US = 500, LATE_NAP_US = 10000 };
+    enum { FIRST_NAP_US = 10, NAP_US = 500, LATE_NAP_US = 10000, CUDA_LAST_MS = 10000 };
     int64_t end = milliseconds ? now_us() + milliseconds * 1000ll : INT64_MAX, nap = FIRST_NAP_US;
     cuda_error first = 0;
     *late = false;
@@ -165,7 +166,7 @@ static cuda_error wait(void *stream, int milliseconds, pd_transport *core, bool 
             return error ? error : first;
         first = error != CUDA_NOT_READY && !first ? error : first;
         *late = now_us() >= end;
-        if (*late && core && pd_closing(core))
+        if (core && pd_closing(core) && (*late || pd_closing_for(core, CUDA_LAST_MS)))
             return CUDA_NOT_READY;
         struct timespec pause = {0, (*late ? LATE_NAP_US : nap) * 1000};
         nanosleep(&pause, NULL);

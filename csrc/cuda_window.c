@@ -149,6 +149,17 @@ static bool open_region(const cuda_context *context, cuda_window *made, const se
     return true;
 }
 
+/* A region of this process's, by the words of whoever named one of its agents; false after pd_fail. */
+static bool holds(const pd_region *region)
+{
+    cuda_pointer base;
+    size_t bytes;
+    if (!cuda.cuMemGetAddressRange_v2(&base, &bytes, region->address) && region->length <= bytes &&
+        region->address - base <= bytes - region->length)
+        return true;
+    return pd_fail(EPROTO, "it broke the protocol: a region does not lie in its allocation"), false;
+}
+
 cuda_window *cuda_window_open(const cuda_mover *by, const directory *known, bool ours)
 {
     const cuda_context *context = &by->context;
@@ -166,10 +177,9 @@ cuda_window *cuda_window_open(const cuda_mover *by, const directory *known, bool
     }
     bool entered = !cuda_enter(context, &before), fine = entered;
     for (size_t i = 0; fine && i < told->num_regions; i++) {
-        if (ours)
-            made->reachable &= cuda_device_of(told->regions[i].address) == context->device;
-        else
-            fine = open_region(context, made, &known->exports[i], &made->memory->regions[i]);
+        const pd_region *each = &told->regions[i];
+        fine = ours ? holds(each) : open_region(context, made, &known->exports[i], &made->memory->regions[i]);
+        made->reachable &= !ours || cuda_device_of(each->address) == context->device;
     }
     if (entered)
         cuda_leave(before);

@@ -172,9 +172,8 @@ static int move(void *own, const pd_move *moves, size_t count, pd_direction whic
         return -EIO;
     lane *with = &each->lanes[which];
     pthread_mutex_lock(&with->lock);
-    if (!with->stream)
-        acl.aclrtCreateStream(&with->stream);
-    acl_error error = with->stream ? hand_over(each, moves, count, which, with->stream) : ACL_NO_CONTEXT;
+    acl_error error = with->stream ? 0 : acl.aclrtCreateStream(&with->stream);
+    error = error ? error : hand_over(each, moves, count, which, with->stream);
     /* Also after an error, for what was handed over before it moves. A device that never ends holds this thread, and whoever
      * waits for it gives the memory up: to return would let it be used again. */
     acl_error last = with->stream ? acl_drain(&with->stream, NULL) : 0;

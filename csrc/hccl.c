@@ -106,20 +106,23 @@ static void *context_of(hccl *all)
 }
 
 /* On return nothing of it sends or writes any more. While that cannot be had we stay here, for the destination must not be
- * used again; only an agent that closes gives up. */
+ * used again; only an agent that closes gives up, and leaves the stream as it is. */
 static void pair_end(pair *each)
 {
-    if (!context_of(each->all) || acl_enter(context_of(each->all)))
+    pd_transport *core = each->all->core;
+    void *context = context_of(each->all);
+    if (!each->stream)
         return;
-    if (each->comm)
-        hccl_library.HcclCommDestroy(each->comm);
-    each->comm = NULL;
-    while (each->stream && acl.aclrtSynchronizeStreamWithTimeout(each->stream, (int)each->all->settings.transfer_ms) == ACL_SYNC_TIMEOUT)
-        if (pd_closing(each->all->core))
-            break;
-    if (each->stream)
+    bool entered;
+    while (!(entered = !acl_enter(context)) && !pd_closing_for(core, ACL_LAST_MS))
+        usleep(LOOK_MS * 1000);
+    if (entered && each->comm)
+        hccl_library.HcclCommDestroy(each->comm); /* one that stays costs memory; what moves is the stream's */
+    if (!entered || acl_drain(&each->stream, core) == ACL_SYNC_TIMEOUT)
+        pd_abandon(core);
+    else if (each->stream)
         acl.aclrtDestroyStream(each->stream);
-    each->stream = NULL;
+    each->comm = each->stream = NULL;
 }
 
 /* HCCL waits minutes for a rank that does not come, and cannot be told to stop: a thread waits for HCCL, and we for the

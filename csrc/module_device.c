@@ -22,18 +22,26 @@ static PyObject *index_(PyObject *self, PyObject *args)
     (void)self;
     const char *name;
     unsigned long long at;
-    return PyArg_ParseTuple(args, "sK:device_index", &name, &at) ? PyLong_FromLong(pd_device_index(name, at)) : NULL;
+    int index;
+    if (!PyArg_ParseTuple(args, "sK:device_index", &name, &at))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    index = pd_device_index(name, at);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(index);
 }
 
 static PyObject *pci(PyObject *self, PyObject *args)
 {
     (void)self;
     const char *name;
-    int index;
+    int index, error;
     char found[64];
     if (!PyArg_ParseTuple(args, "si:device_pci", &name, &index))
         return NULL;
-    int error = pd_device_pci(name, index, found, sizeof found);
+    Py_BEGIN_ALLOW_THREADS
+    error = pd_device_pci(name, index, found, sizeof found);
+    Py_END_ALLOW_THREADS
     return error ? result(error) : PyUnicode_FromString(found);
 }
 

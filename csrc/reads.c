@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "net.h"
+
 /* --- queues, all under the lock ----------------------------------------------------------------------------------- */
 
 static void append(pd_transport *transport, op *each)
@@ -259,8 +261,13 @@ bool pd_wanted(pd_transport *core, const pd_taken *taken)
 
 bool pd_closing(pd_transport *core)
 {
+    return pd_closing_for(core, 0);
+}
+
+bool pd_closing_for(pd_transport *core, int milliseconds)
+{
     pthread_mutex_lock(&core->lock);
-    bool closing = core->stop;
+    bool closing = core->stop && net_now_ms() - core->stopped >= milliseconds;
     pthread_mutex_unlock(&core->lock);
     return closing;
 }

@@ -105,6 +105,8 @@ pd_status verbs_place(void *own, const pd_rows *rows, size_t count)
     }
     if (!listed)
         return PD_DONE;
+    if (pd_closing(all->core)) /* one patience for a close, not one for each slice */
+        return pd_fail(ECANCELED, "this agent closes"), PD_ERROR;
     const buffer *from = pinned(all, there[0].src);
     if (!from || cuda_mover_place(&all->gpu.mover, there, listed, from->reachable, GPU_MS, all->core))
         return PD_ERROR;

@@ -15,7 +15,6 @@ typedef struct permit {
     int refs;      /* flights; without any it is kept for the next ones of its read */
     bool answered;
     pd_status status;
-    bool known;
     grant *leased;
     char words[PD_MAX_WORDS];
 } permit;

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pd_connector.config import Config
     from pd_connector.errors import (
+        Abandoned,
         ConfigError,
         LayoutMismatch,
         LeaseExpired,
@@ -38,6 +39,7 @@ _HOMES = {
     "layout": ("Form", "GroupLayout", "KVLayout", "Part", "heads_of_rank", "strided_parts"),
     "memory": ("BlockGrid", "MemoryKind", "Region", "shared_pool"),
     "errors": (
+        "Abandoned",
         "ConfigError",
         "LayoutMismatch",
         "LeaseExpired",
@@ -52,6 +54,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Abandoned",
     "Agent",
     "BlockGrid",
     "Config",

@@ -50,6 +50,11 @@ class TransferFailed(PDError):
         self.failed_blocks = tuple(failed_blocks)
 
 
+class Abandoned(TransferFailed):
+    """An agent closed while a device that does not answer may still write into the pull's blocks: they must never be
+    used again, and only the end of the process frees them. ``failed_blocks`` is empty: none is given back."""
+
+
 class TransportUnavailable(PDError):
     """A transport cannot be used here; ``reason`` says why and what would make it usable."""
 

@@ -42,7 +42,8 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A transport's terminal answer to a tag; ``status`` is one of transport.base.Status' values."""
+    """A transport's terminal answer to a tag; ``status`` is one of transport.base.Status' values, or "abandoned" for
+    what is left of transports that closed and are that."""
 
     tag: int
     status: str
@@ -391,7 +392,8 @@ class PartConfirmed:
 
 @dataclass(frozen=True, slots=True)
 class TransferEnded:
-    """Exactly one per Pull. ``outcome`` is done, failed or aborted; the destination is quiet whatever it is."""
+    """Exactly one per Pull. ``outcome`` is done, failed, aborted or abandoned. The destination is quiet whatever it is,
+    but for abandoned (see errors.Abandoned)."""
 
     transfer: int
     outcome: str

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pd_connector.errors import (
+    Abandoned,
     LayoutMismatch,
     LeaseExpired,
     LocalProtocolError,
@@ -212,6 +213,12 @@ class Reader:
         if not transfer.tags:
             transfer.reading += now - transfer.reading_since
         pull = transfer.pull
+        if event.status == "abandoned":
+            transfer.outcome = event.status
+            transfer.error = Abandoned(
+                f"{self._words(transfer)}: this agent closed while a device may still write into its blocks: "
+                "never use them again, and end this process"
+            )
         if transfer.state is TransferState.SETTLING:
             self._settle(transfer, now)
         elif event.status == "done":
@@ -459,7 +466,7 @@ class Reader:
         for timer in ("transfer", "retry", "renew", "settle"):
             self._context.timers.cancel((timer, number))
         self._context.counters[f"transfers_{transfer.outcome}"] += 1
-        failed = () if transfer.outcome == "done" else transfer.failed_blocks()
+        failed = () if transfer.outcome in ("done", "abandoned") else transfer.failed_blocks()
         self._context.notify(TransferEnded(number, transfer.outcome, transfer.error, failed, transfer.stats(now)))
         self.dialer.detach(number, transfer.address, now)
 

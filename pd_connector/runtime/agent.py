@@ -123,11 +123,11 @@ class Agent:
             return
         self._feed(ev.Close())
         if self._courier is not None:
-            # Afterwards no read writes any more, so whatever is unsettled is settled now.
             self._courier.unwatch()
-            await self._loop.run_in_executor(None, self._courier.close)
+            quiet = await self._loop.run_in_executor(None, self._courier.close)
+            # Whatever is unsettled is settled now: no read writes any more, or its blocks are nobody's ever again.
             for tag in self.core.reader.outstanding_tags():
-                self._feed(ev.Completed(tag, "cancelled"))
+                self._feed(ev.Completed(tag, "cancelled" if quiet else "abandoned"))
         self._closed = True
         await self._loop.run_in_executor(None, self._populator.shutdown)
         await self._driver.close()

@@ -102,13 +102,18 @@ class Courier:
         for transport in self._transports.values():
             self._loop.remove_reader(transport.fileno())
 
-    def close(self) -> None:
-        """May block for the transports' own bounded time; on return nothing writes into our regions any more."""
+    def close(self) -> bool:
+        """May block for the transports' own bounded time. On return nothing writes into our regions any more; False
+        when something may."""
+        quiet = True
         for transport in self._transports.values():
             try:
                 transport.close()
+                quiet &= not transport.abandoned
             except Exception:
                 logger.exception("transport %s did not close", transport.name)
+                quiet = False
+        return quiet
 
     def carry_out(self, command: ev.Command, new_id: Callable[[], int]) -> None:
         match command:
@@ -209,4 +214,5 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     wires = ("cuda", "verbs", "hixl", "hccl", "tcp", "zmq", *registry.STAGED)
     implied: dict[str, dict[str, Any]] = {"shm": local} | dict.fromkeys(wires, network)
     given = config.transport_options
-    return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}
+    mixed = {name: implied.get(name, {}) | each for name, each in given.items() if isinstance(each, Mapping)}
+    return {**implied, **given, **mixed}

@@ -214,7 +214,7 @@ class Pulls:
             pull.ending = True
             for transfer in pull.legs:
                 self._feed(ev.Abort(transfer, "the owner computes the blocks again"))
-        if pull.ending and pull.outcome == "done":
+        if pull.ending and pull.outcome == "done" and note.outcome != "abandoned":
             if not pull.legs:
                 self._follow_again(pull)
         elif note.outcome != "done":
@@ -243,6 +243,8 @@ class Pulls:
         """The first one counts; the transfers that still run are ended because of it."""
         if pull.error is None:
             pull.error = error
+        if outcome == "abandoned":  # whatever else went wrong
+            pull.outcome, pull.error = outcome, error
         if pull.outcome == "done":
             pull.outcome = outcome
             for transfer in pull.legs:
@@ -254,8 +256,7 @@ class Pulls:
         del self._pulls[pull.number]
         if pull.starting and isinstance(pull.error, LocalProtocolError):
             return  # whoever starts it is told by raising
-        done = pull.outcome == "done"
-        failed = set() if done else self._lost_blocks(pull)
+        failed = set() if pull.outcome in ("done", "abandoned") else self._lost_blocks(pull)
         note = ev.TransferEnded(pull.number, pull.outcome, pull.error, tuple(sorted(failed)), self._stats(pull))
         if pull.on_end is not None:
             pull.on_end(note)

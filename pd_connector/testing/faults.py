@@ -175,6 +175,7 @@ class FaultyTransport(Transport):
         self._ticker.join(5.0)
         with self._lock:
             self.inner.close()
+            self.abandoned = self.inner.abandoned
             if not self._ready.closed:
                 self._ready.close()
                 self._tags.close()

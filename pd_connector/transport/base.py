@@ -76,6 +76,10 @@ class Transport(ABC):
     instead_of: ClassVar[str] = ""
     """A transport beside which ``auto`` has no need of this one."""
 
+    abandoned: bool = False
+    """Of one that is closed: a device that was given up may still write, for ever, into what was registered, which is
+    kept alive. Nobody may use it again."""
+
     @abstractmethod
     def __init__(self, agent: str, options: Mapping[str, Any]) -> None:
         """``agent`` names the owning agent's incarnation; ``options`` come from config ``transport_options[name]``.
@@ -86,6 +90,10 @@ class Transport(ABC):
     def wire_name(self) -> str:
         """The name under which a peer is offered ``describe``; a wrapper gives the name of what it wraps."""
         return self.name
+
+    @classmethod  # noqa: B027 - a transport need not have options
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raises ConfigError for options that no host could use, also where the transport itself cannot be used."""
 
     @classmethod
     @abstractmethod
@@ -149,7 +157,7 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release everything; idempotent. Reads still posted never write after the return."""
+        """Release everything; idempotent. Reads still posted never write after the return, unless ``abandoned``."""
 
     @abstractmethod
     def fileno(self) -> int:

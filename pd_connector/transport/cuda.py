@@ -28,6 +28,7 @@ class CudaOptions(Listening, frozen=True, forbid_unknown_fields=True):
 class CudaTransport(NativeTransport):
     name: ClassVar[str] = "cuda"
     backend: ClassVar[str] = "cuda"
+    takes = CudaOptions
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.CUDA}), Scope.HOST)
 
     @classmethod

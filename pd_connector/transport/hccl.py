@@ -29,6 +29,7 @@ class HcclOptions(Listening, frozen=True, forbid_unknown_fields=True):
 class HcclTransport(NativeTransport):
     name: ClassVar[str] = "hccl"
     backend: ClassVar[str] = "hccl"
+    takes = HcclOptions
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.NPU}), Scope.NETWORK)
     attempt_s: ClassVar[float] = 4.0  # a communicator takes 0.2 to 3.4 s to make
     instead_of: ClassVar[str] = "hixl"

@@ -35,6 +35,7 @@ class HixlOptions(Listening, frozen=True, forbid_unknown_fields=True):
 class HixlTransport(NativeTransport):
     name: ClassVar[str] = "hixl"
     backend: ClassVar[str] = "hixl"
+    takes = HixlOptions
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.NPU, MemoryKind.HOST}), Scope.NETWORK)
     for_devices: ClassVar[bool] = True
 

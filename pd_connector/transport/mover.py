@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 from pd_connector.transport.device import Device, Direction, Moves
-from pd_connector.transport.threaded import set_affinity
+from pd_connector.transport.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ class Mover:
     ) -> None:
         self._direction, self._report = direction, report
         self._jobs: set[Job] = set()
-        self._pool = ThreadPoolExecutor(1, name, lambda: set_affinity(cpus, name))
+        self._worker = Worker(name, cpus)
 
     def start(self, device: Device, moves: Callable[[], Iterable[Moves]], done: Done) -> Job:
         """Move all of it, then report ``done``, once, whatever becomes of it. ``moves`` is called in our thread."""
-        job = self._pool.submit(self._move, device, moves)
+        job = self._worker.submit(lambda: self._move(device, moves))
         self._jobs.add(job)
         job.add_done_callback(lambda ended: self._report(lambda: self._finish(ended, done)))
         return job
@@ -43,7 +43,7 @@ class Mover:
         stuck = wait(self._jobs, CLOSE_DEADLINE_S).not_done
         if stuck:
             log.error("a device did not end a move within %g s", CLOSE_DEADLINE_S)
-        self._pool.shutdown(wait=not stuck, cancel_futures=True)
+        self._worker.close(wait=not stuck)
         return not stuck
 
     def _move(self, device: Device, moves: Callable[[], Iterable[Moves]]) -> None:

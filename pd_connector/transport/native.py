@@ -69,6 +69,7 @@ class TcpOptions(Listening, frozen=True, forbid_unknown_fields=True):
 
 class NativeTransport(Transport):
     backend: ClassVar[str]
+    takes: ClassVar[type[NativeOptions | Listening]]
 
     def __init__(self, agent: str, options: Mapping[str, Any]) -> None:
         self._agent, self._pid = agent, os.getpid()
@@ -98,6 +99,13 @@ class NativeTransport(Transport):
         cls, threads: int, cpus: tuple[int, ...], pin: bool, listen: tuple[str, str, int], settings: bytes = b""
     ) -> Any:
         return require(cls.name).open(cls.backend, threads, np.array(cpus, np.intc), pin, *listen, settings)
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        if issubclass(cls.takes, Listening):
+            check_cpus(cls.name, parse_listening(cls.name, options, cls.takes).cpus)
+        else:
+            check_cpus(cls.name, parse_options(cls.name, options, cls.takes).cpus)
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
@@ -214,7 +222,7 @@ class NativeTransport(Transport):
             return  # a fork's copy: the threads are the parent's
         with self._lock:
             self._closed = True
-            self._finish()
+            self.abandoned |= self._finish() is False  # None: it was closed before
 
     def fileno(self) -> int:
         with self._usable():
@@ -245,6 +253,7 @@ class ShmTransport(NativeTransport):
 
     name: ClassVar[str] = "shm"
     backend: ClassVar[str] = "shm"
+    takes = NativeOptions
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.HOST)
 
     @classmethod
@@ -259,6 +268,7 @@ class TcpTransport(NativeTransport):
 
     name: ClassVar[str] = "tcp"
     backend: ClassVar[str] = "tcp"
+    takes = TcpOptions
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST}), Scope.NETWORK)
 
     @classmethod
@@ -323,12 +333,16 @@ def require(name: str) -> ModuleType:
     return found
 
 
-def _close(extension: Any, handle: Any, registered: list[object], pid: int) -> None:
-    if os.getpid() == pid:  # not a fork's copy: the threads are the parent's
-        if not extension.close(handle):
-            logger.error("a device may still write into memory of an agent that is closed: it is kept for ever")
-            _abandoned.append(tuple(registered))
-        registered.clear()
+def _close(extension: Any, handle: Any, registered: list[object], pid: int) -> bool:
+    """False: a device may still write."""
+    if os.getpid() != pid:
+        return True  # a fork's copy: the threads are the parent's
+    quiet = bool(extension.close(handle))
+    if not quiet:
+        logger.error("a device may still write into memory of an agent that is closed: it is kept for ever")
+        _abandoned.append(tuple(registered))
+    registered.clear()
+    return quiet
 
 
 def _pool_of(region: Region) -> Pool | None:

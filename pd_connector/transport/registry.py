@@ -84,8 +84,10 @@ def start(
     TransportUnavailable when one that is named or should work here does not start, or when none works here. Nothing
     stays started then.
     """
-    for name in options:
-        load(name)
+    for name, given in options.items():
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"options of transport {name!r} are a table of names and values, not {given!r}")
+        load(name).check(given)
     kinds = frozenset(region.kind for region in regions) or frozenset({MemoryKind.HOST})
     automatic = wanted == "auto"
     names = _automatic(kinds) if automatic else _named(wanted)

@@ -97,6 +97,10 @@ class StagedTransport(ThreadedTransport):
         return options if suited is inner else {**options, "inner": suited}
 
     @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        load(cls.inner_name).check(cls._inner_options(parse_listening(cls.name, options, StagedOptions)))
+
+    @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
         try:
             parsed = parse_listening(cls.name, options, StagedOptions)
@@ -186,7 +190,8 @@ class StagedTransport(ThreadedTransport):
         super().close()
         if os.getpid() != self._pid or self._thread.is_alive():
             return
-        if not self._quiet:
+        self.abandoned = not self._quiet
+        if self.abandoned:
             _abandoned.append((self._pool, self._exposed))
             return
         with self._lock:
@@ -229,6 +234,7 @@ class StagedTransport(ThreadedTransport):
         self._owner.close()
         self._reader.close()
         self._inner.close()
+        self._quiet &= not self._inner.abandoned
 
 
 def _one_of(regions: Sequence[Region]) -> int:

@@ -87,7 +87,8 @@ class ThreadedTransport(Transport):
         if self._thread.ident is not None:  # it was started
             self._thread.join(CLOSE_DEADLINE_S)
         if self._thread.is_alive():
-            # The memory stays pinned by the thread's own references, so what it may still write corrupts nobody.
+            # The memory stays pinned by the thread's own references.
+            self.abandoned = True
             log.error("%s transport of agent %s did not stop within %g s", self.name, self._agent, CLOSE_DEADLINE_S)
             return
         with self._lock:

@@ -52,7 +52,15 @@ class VerbsOptions(Listening, frozen=True, forbid_unknown_fields=True):
 class VerbsTransport(NativeTransport):
     name: ClassVar[str] = "verbs"
     backend: ClassVar[str] = "verbs"
+    takes = VerbsOptions
     traits: ClassVar[Traits] = Traits(frozenset({MemoryKind.HOST, MemoryKind.CUDA}), Scope.NETWORK)
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        near = options.get("near", "")
+        if near and not (rdma.PCI / near).exists():
+            raise ConfigError(f"transport 'verbs': near {near!r} is no PCI address of this host: see lspci -D")
 
     @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:

@@ -58,6 +58,10 @@ class ZmqTransport(ThreadedTransport):
         )
 
     @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        parse_listening(cls.name, options, Listening)
+
+    @classmethod
     def probe(cls, options: Mapping[str, Any]) -> str | None:
         return None
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from pd_connector.memory import MemoryKind, Region
+from pd_connector.transport.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class DeviceOrder:
         kinds = {region.kind for region in regions} - {MemoryKind.HOST}
         # torch.cuda or torch.npu: what the regions' tensors made torch load.
         self._events: Any = getattr(torch, next(iter(kinds)).value) if kinds else None
-        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="pdc-device-order") if kinds else None
+        self._waiter = Worker("pdc-device-order") if kinds else None
 
     def after(self, do: Callable[[], None], *, anyway: bool = False) -> None:
         """On the thread whose current stream the engine launches to. ``anyway``: also when the device failed."""
@@ -31,7 +31,7 @@ class DeviceOrder:
             return
         event = self._events.Event(blocking=True)
         event.record()
-        self._waiter.submit(self._when, event, do, anyway)
+        self._waiter.submit(lambda: self._when(event, do, anyway))
 
     @staticmethod
     def _when(event: Any, do: Callable[[], None], anyway: bool) -> None:
@@ -49,4 +49,4 @@ class DeviceOrder:
     def close(self) -> None:
         """What still waits is given up."""
         if self._waiter is not None:
-            self._waiter.shutdown(wait=False, cancel_futures=True)
+            self._waiter.close(wait=False)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,9 +104,23 @@ def test_an_entry_point_that_does_not_load_is_unavailable(installed: dict[str, s
         registry.start(["broken"], "a", {})
 
 
-def test_bad_options_are_the_users_mistake_even_with_auto() -> None:
-    with pytest.raises(ConfigError, match="host"):
-        registry.start("auto", "a", {"zmq": {"hots": ""}})
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"zmq": {"hots": ""}}, "did you mean 'host'"),
+        ({"tcp": {"thread": 1}}, "did you mean 'threads'"),
+        ({"verbs": {"rail": 2}}, "did you mean 'rails'"),
+        ({"verbs": {"near": "banana"}}, "near 'banana' is no PCI address"),
+        ({"hixl": {"cpus": [1023]}}, "no processor 1023"),
+        ({"staged-tcp": {"slot": 4}}, "did you mean 'slots'"),
+        ({"staged-tcp": {"inner": {"thread": 4}}}, "did you mean 'threads'"),
+        ({"staged-tcp": 5}, "a table of names and values, not 5"),
+    ],
+)
+def test_bad_options_are_the_users_mistake_even_with_auto(options: dict[str, Any], words: str) -> None:
+    """Also of transports that cannot be used here, or that nobody needs for this memory."""
+    with pytest.raises(ConfigError, match=words):
+        registry.start("auto", "a", options)
 
 
 def test_what_should_work_here_and_does_not_start_is_an_error_even_with_auto() -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import pytest
 
-from pd_connector import Agent, Config
+from pd_connector import Abandoned, Agent, Config
 from pd_connector.errors import TransportUnavailable
 from pd_connector.memory import MemoryKind
 from pd_connector.testing.arena import MIXED, Arena
 from pd_connector.transport.cuda import CudaTransport
 
-from .device import GPU
+from .device import GPU, faults
 
 
 async def test_blocks_of_a_gpu_are_pulled_over_cuda_by_auto() -> None:
@@ -45,3 +46,24 @@ async def test_memory_that_it_does_not_reach_is_refused_with_what_to_name() -> N
     async with Agent(Config(transport=["cuda"])) as agent:
         with pytest.raises(TransportUnavailable, match="does not reach npu memory: name a staged one"):
             agent.register(regions)
+
+
+@pytest.mark.parametrize(("transport", "cancelled"), [("cuda", False), ("cuda", True), ("staged-shm", False)])
+async def test_closing_gives_no_block_back_that_a_stuck_gpu_may_write_to(transport: str, cancelled: bool) -> None:
+    source, target = Arena(MIXED, 1, GPU), Arena(MIXED, 2, GPU)
+    async with Agent(Config(transport=[transport]), name="P") as p, Agent(Config(transport=[transport]), name="D") as d:
+        p.register(source.regions)
+        d.register(target.regions)
+        await d.pull(p.lease([[3, 4, 9], [1]]), [[7, 8, 0], [2]])
+        ticket = p.lease([[3, 4, 9], [1]])
+        # Of staged, P's side is done by then: the GPU is stuck while it writes to D's blocks.
+        faults("stream:*=~9000" if transport == "cuda" else ";".join(f"stream:{n}=~9000" for n in (4, 5, 6)))
+        pull = asyncio.create_task(d.pull(ticket, [[7, 8, 0], [2]]))
+        await asyncio.sleep(1.0)
+        if cancelled:
+            pull.cancel()
+        await d.close()
+        with pytest.raises(Abandoned, match="never use them again") as caught:
+            await pull
+        assert caught.value.failed_blocks == ()
+        assert d.core.counters["transfers_abandoned"] == 1

@@ -166,6 +166,17 @@ def test_a_stuck_gpu_holds_no_close(elsewhere: Owner) -> None:
     assert all(each() is not None for each in kept)
 
 
+@pytest.mark.parametrize("code", [214, 220, 226, 719])
+def test_what_is_said_for_ever_ends_a_read_at_once(elsewhere: Owner, target: Arena, code: int) -> None:
+    """Of a context that is lost: nothing of it is under way any more."""
+    with reading(elsewhere, target) as pair:
+        assert pair.wait(pair.connect()).status is Status.DONE
+        faults(f"stream:*={code}")
+        ended = pair.wait(pair.read(pair.blocks(range(8))))
+        assert ended.status is Status.ERROR
+        assert f"CUDA error {code}" in ended.detail
+
+
 def test_a_gpu_that_is_asked_in_vain_is_asked_again(elsewhere: Owner, target: Arena) -> None:
     """An error that says nothing of what is under way ends no read before its copies."""
     with reading(elsewhere, target) as pair:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +23,7 @@ from pd_connector.transport.staged import StagedShm, StagedTcp
 
 from .device import GPU, faults, library
 
+ROOT = Path(__file__).resolve().parents[2]
 CALLS = (
     *("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxSetCurrent"),
     *("cuMemHostRegister_v2", "cuMemAlloc_v2", "cuMemcpyAsync", "cuMemcpyBatchAsync", "cuStreamCreate"),
@@ -122,3 +126,20 @@ def test_closing_while_a_gpu_is_stuck_keeps_what_it_uses(pair: Pair) -> None:
     assert library().cuMemHostUnregister(ctypes.c_void_p(pair.owner.transport._pool.region.address)) == 0, (
         "still pinned"
     )
+
+
+LEAVES = """
+from tests.cuda_emulated.test_staged import GPU, SEED, LocalOwner, Pair, StagedShm, faults
+owner = LocalOwner(StagedShm("owner", {"slots": 1}), "mixed", SEED, GPU)
+pair = Pair(StagedShm("reader", {"slots": 1}), owner, "mixed", GPU)
+faults("stream:*=~120000")
+pair.read(pair.blocks(range(8)))
+pair.pump(0.5)
+pair.reader.close()
+owner.close()
+assert owner.transport.abandoned
+"""
+
+
+def test_a_stuck_gpu_keeps_no_process_from_ending() -> None:
+    subprocess.run([sys.executable, "-c", LEAVES], check=True, timeout=60, cwd=ROOT)
