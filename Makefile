@@ -34,13 +34,14 @@ test-fast: venv ## the tests that need no real vLLM
 native-test: ## the C code without Python under the address, undefined-behaviour and thread sanitizers
 	@mkdir -p build
 	@$(PYTHON) tests/ascend_emulated/build.py >/dev/null
+	@$(PYTHON) tests/cuda_emulated/build.py >/dev/null
 	@$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wshadow -Werror -fPIC -shared -fvisibility=hidden csrc/hixl.cc -o build/_hixl.abi3.so
 	@for sanitizer in address,undefined thread; do \
 		echo "native-test: $$sanitizer"; \
 		$(CC) -D_GNU_SOURCE -std=c11 -g -O1 -Wall -Wextra -Wshadow -Werror -fno-sanitize-recover=all \
 			-fsanitize=$$sanitizer -pthread tests/native/stress.c $(filter-out csrc/module%.c,$(wildcard csrc/*.c)) \
 			-o build/stress-$$sanitizer && timeout 600 build/stress-$$sanitizer && \
-			LD_LIBRARY_PATH=build/ascend timeout 300 build/stress-$$sanitizer hixl hccl || exit 1; done
+			LD_LIBRARY_PATH=build/ascend:build/cuda timeout 300 build/stress-$$sanitizer hixl hccl cuda || exit 1; done
 
 build/stress-address,undefined: tests/native/stress.c $(wildcard csrc/*.c csrc/*.h)
 	@mkdir -p build

@@ -61,6 +61,7 @@ static void *mover(void *argument)
     uint64_t there;
     assert(from && to && !pd_device_alloc(device, MOVES * MOVED, &there));
     assert(!pd_device_pin(device, (uint64_t)(uintptr_t)from, MOVES * MOVED));
+    assert(!pd_device_pin(device, (uint64_t)(uintptr_t)to, MOVES * MOVED));
     pd_move out[MOVES], back[MOVES];
     for (uint64_t i = 0; i < MOVES; i++) {
         uint64_t there_at = there + (MOVES - 1 - i) * MOVED;
@@ -72,18 +73,19 @@ static void *mover(void *argument)
     assert(!pd_device_move(device, out, MOVES, PD_TO_DEVICE) && !pd_device_move(device, back, MOVES, PD_TO_HOST));
     assert(!memcmp(from, to, MOVES * MOVED));
     pd_device_unpin(device, (uint64_t)(uintptr_t)from);
+    pd_device_unpin(device, (uint64_t)(uintptr_t)to);
     pd_device_release(device, there);
     free(from);
     free(to);
     return NULL;
 }
 
-static void devices(void)
+static void devices(const char *kind)
 {
     pd_device *device = NULL;
     uint64_t at;
-    assert(pd_device_probe("none") < 0 && pd_device_open("cpu", 9, &device) < 0 && !device);
-    assert(!pd_device_probe("cpu") && !pd_device_open("cpu", -1, &device));
+    assert(pd_device_probe("none") < 0 && pd_device_open(kind, 9, &device) < 0 && !device);
+    assert(!pd_device_probe(kind) && !pd_device_open(kind, -1, &device));
     assert(pd_device_alloc(device, 0, &at) < 0 && pd_device_pin(device, 0, 1) < 0);
     assert(!pd_device_move(device, NULL, 0, PD_ON_DEVICE));
     pthread_t threads[MOVERS];
@@ -97,6 +99,7 @@ static void devices(void)
 typedef struct {
     pd_transport *transport;
     unsigned char *bytes;
+    uint64_t at; /* of the bytes, for the backend */
 } agent;
 
 static bool on_npu(void)
@@ -113,9 +116,44 @@ static void adopt(void *at, bool adopted)
     assert(change && !change(at, WHOLE));
 }
 
+static bool on_gpu(void)
+{
+    return !strcmp(backend, "cuda");
+}
+
+static void *cuda_function(const char *name)
+{
+    void *library = dlopen("libcuda.so.1", RTLD_NOW), *found = library ? dlsym(library, name) : NULL;
+    assert(found);
+    return found;
+}
+
+/* Memory of an emulated GPU, in its primary context, and where the processor sees it. */
+static void gpu_alloc(agent *made)
+{
+    void *context;
+    int (*init)(unsigned) = (int (*)(unsigned))cuda_function("cuInit");
+    int (*retain)(void **, int) = (int (*)(void **, int))cuda_function("cuDevicePrimaryCtxRetain");
+    int (*enter)(void *) = (int (*)(void *))cuda_function("cuCtxSetCurrent");
+    int (*alloc)(uint64_t *, size_t) = (int (*)(uint64_t *, size_t))cuda_function("cuMemAlloc_v2");
+    void *(*alias)(uint64_t) = (void *(*)(uint64_t))cuda_function("emu_alias");
+    assert(!init(0) && !retain(&context, 0) && !enter(context) && !alloc(&made->at, WHOLE));
+    made->bytes = alias(made->at);
+}
+
+static void gpu_free(const agent *each)
+{
+    int (*release)(uint64_t) = (int (*)(uint64_t))cuda_function("cuMemFree_v2");
+    assert(!release(each->at));
+}
+
 static void unmake(agent *each)
 {
     pd_close(each->transport);
+    if (on_gpu()) {
+        gpu_free(each);
+        return;
+    }
     if (on_npu())
         adopt(each->bytes, false);
     munmap(each->bytes, WHOLE);
@@ -126,8 +164,13 @@ static agent make(bool pooled, bool filled)
     agent made;
     int fd = pooled ? memfd_create("pool", MFD_CLOEXEC | MFD_ALLOW_SEALING) : -1;
     assert(!pooled || !ftruncate(fd, WHOLE));
-    made.bytes = mmap(NULL, WHOLE, PROT_READ | PROT_WRITE, pooled ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
-    assert(made.bytes != MAP_FAILED);
+    if (on_gpu()) {
+        gpu_alloc(&made);
+    } else {
+        made.bytes = mmap(NULL, WHOLE, PROT_READ | PROT_WRITE, pooled ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
+        assert(made.bytes != MAP_FAILED);
+        made.at = (uint64_t)(uintptr_t)made.bytes;
+    }
     if (pooled) {
         assert(!fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW));
     }
@@ -136,7 +179,8 @@ static agent make(bool pooled, bool filled)
     pd_grid grids[LAYERS];
     for (int i = 0; i < LAYERS; i++)
         grids[i] = (pd_grid){0, 0, (uint64_t)i * BLOCKS * STRIDE, STRIDE, BLOCK, BLOCKS};
-    pd_region region = {(uint64_t)(uintptr_t)made.bytes, WHOLE, fd, on_npu() ? PD_OF_DEVICE : 0, 0, pooled ? WHOLE : 0, 0, 0};
+    uint32_t flags = on_npu() || on_gpu() ? PD_OF_DEVICE : 0;
+    pd_region region = {made.at, WHOLE, fd, flags, 0, pooled ? WHOLE : 0, 0, 0};
     if (on_npu())
         adopt(made.bytes, true);
     pd_options options = {.threads = 3, .host = "127.0.0.1", .advertise = "127.0.0.1"};
@@ -148,8 +192,8 @@ static agent make(bool pooled, bool filled)
     hixl_settings hixl = {-1, 500, 500, "0:0"};
     if (!strcmp(backend, "hixl"))
         options.settings = &hixl, options.settings_bytes = sizeof hixl;
-    uint32_t transfer_ms = 500; /* all that hccl is told */
-    if (!strcmp(backend, "hccl"))
+    uint32_t transfer_ms = 500; /* all that hccl and cuda are told */
+    if (!strcmp(backend, "hccl") || on_gpu())
         options.settings = &transfer_ms, options.settings_bytes = sizeof transfer_ms;
     assert(!pd_open(backend, &options, &made.transport));
     assert(!pd_register(made.transport, &region, 1, grids, LAYERS));
@@ -381,9 +425,10 @@ int main(int count, char **words)
         const char *name, *backend;
         bool unnamed; /* runs also when nothing is named */
     } rounds[] = {{"foreign", "shm", true}, {"pooled", "shm", true}, {"tcp", "tcp", true}, {"verbs", "verbs", false},
-                  {"verbs-write", "verbs", false}, {"hixl", "hixl", false}, {"hccl", "hccl", false}};
+                  {"verbs-write", "verbs", false}, {"hixl", "hixl", false}, {"hccl", "hccl", false},
+                  {"cuda", "cuda", false}};
     copiers();
-    devices();
+    devices("cpu");
     for (size_t round = 0; round < sizeof rounds / sizeof *rounds; round++) {
         bool named = count == 1 && rounds[round].unnamed;
         for (int i = 1; i < count; i++)
@@ -395,10 +440,13 @@ int main(int count, char **words)
         backend = rounds[round].backend;
         writes = !strcmp(rounds[round].name, "verbs-write");
         bool pooled = !strcmp(rounds[round].name, "pooled");
-        if (!on_npu()) /* there a call that is under way times out, and then the peer is lost */
+        /* On NPUs a call that is under way times out, and then the peer is lost; who has used CUDA cannot fork again. */
+        if (!on_npu() && !on_gpu())
             stopped(pooled);
         killed(pooled);
         live(pooled);
+        if (on_gpu() || on_npu())
+            devices(on_gpu() ? "cuda" : "acl");
     }
     puts("stress: all bytes right");
     return 0;
