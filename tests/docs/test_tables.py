@@ -223,7 +223,7 @@ def counted() -> set[str]:
     """Every name under which the package counts something that becomes a value of ``event``."""
     package = ROOT / "pd_connector"
     paths = [path for part in ("protocol", "runtime", "vllm_plugin") for path in (package / part).glob("*.py")]
-    found = {f"transfers_{outcome}" for outcome in ("done", "failed", "aborted")}
+    found = {f"transfers_{outcome}" for outcome in ("done", "failed", "aborted", "abandoned")}
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
