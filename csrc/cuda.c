@@ -69,7 +69,7 @@ static const char *remedy(cuda_error error)
     case 214: return "memory is damaged: nvidia-smi -q -d ECC";
     case 217: return "the GPUs are apart: nvidia-smi topo -p2p r";
     case 400: return "the owner's memory is gone";
-    case 220: case 226: case 700: case 719: case 911: return "its context is lost: restart this process";
+    case 220: case 226: case 700: case 719: case 809: case 911: return "its context is lost: restart this process";
     case 712: return "it is registered already";
     case 713: return "it is not registered";
     case 801: return "this GPU or driver cannot do that";

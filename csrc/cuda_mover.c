@@ -166,7 +166,7 @@ static cuda_error wait(void *stream, int milliseconds, pd_transport *core, bool 
             return error ? error : first;
         first = error != CUDA_NOT_READY && !first ? error : first;
         *late = now_us() >= end;
-        if (core && pd_closing(core) && (*late || pd_closing_for(core, CUDA_LAST_MS)))
+        if (core && pd_closing_for(core, *late ? 0 : CUDA_LAST_MS))
             return CUDA_NOT_READY;
         struct timespec pause = {0, (*late ? LATE_NAP_US : nap) * 1000};
         nanosleep(&pause, NULL);

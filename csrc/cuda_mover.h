@@ -25,7 +25,8 @@ void cuda_mover_close(cuda_mover *each);           /* also of one that is all ze
 
 /* All of them, in no order; they do not overlap. `reachable`: kernels of this GPU may touch both ends. 0, or negative
  * after pd_fail. After `milliseconds` (0: never) it is an error; then it is waited for all the same until nothing of it
- * writes any more or `core` closes (NULL: none; 10 s at most of a close), for there is no way to end it. -ETIMEDOUT: it may still write. */
+ * writes any more or `core` closes (NULL: none), for there is no way to end it. A close waits for 10 s at most, however
+ * long `milliseconds` are. -ETIMEDOUT: it may still write. */
 int cuda_mover_run(cuda_mover *each, const pd_move *moves, size_t count, bool reachable, int milliseconds,
                    pd_transport *core);
 /* The same for rows. */

@@ -102,6 +102,9 @@ def _check(config: Config) -> None:
     if bool(config.public_key) != bool(config.secret_key):
         raise ConfigError("public_key and secret_key go together; make a pair with 'pdc keygen'")
     _check_keys(config)
+    for name, options in config.transport_options.items():  # made in Python, nothing else looked at it
+        if not isinstance(options, dict):
+            raise ConfigError(f"transport_options[{name!r}] is a table of names and values, not {options!r}")
     for name, host in (("host", config.host), ("advertise", config.advertise)):
         if not _HOST.fullmatch(host) and host != "*":
             raise ConfigError(f"{name} {host[:80]!r} is not a host name or an address")

@@ -213,13 +213,13 @@ class Reader:
         if not transfer.tags:
             transfer.reading += now - transfer.reading_since
         pull = transfer.pull
-        if event.status == "abandoned":
-            transfer.outcome = event.status
-            transfer.error = Abandoned(
-                f"{self._words(transfer)}: this agent closed while a device may still write into its blocks: "
-                "never use them again, and end this process"
-            )
         if transfer.state is TransferState.SETTLING:
+            if event.status == "abandoned":
+                transfer.outcome = event.status
+                transfer.error = Abandoned(
+                    f"{self._words(transfer)}: this agent closed while a device may still write into its blocks: "
+                    "never use them again, and end this process"
+                )
             self._settle(transfer, now)
         elif event.status == "done":
             transfer.unread[part] -= 1

@@ -214,5 +214,4 @@ def transport_options(config: Config) -> dict[str, dict[str, Any]]:
     wires = ("cuda", "verbs", "hixl", "hccl", "tcp", "zmq", *registry.STAGED)
     implied: dict[str, dict[str, Any]] = {"shm": local} | dict.fromkeys(wires, network)
     given = config.transport_options
-    mixed = {name: implied.get(name, {}) | each for name, each in given.items() if isinstance(each, Mapping)}
-    return {**implied, **given, **mixed}
+    return {name: implied.get(name, {}) | given.get(name, {}) for name in [*implied, *given]}

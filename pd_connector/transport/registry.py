@@ -85,8 +85,6 @@ def start(
     stays started then.
     """
     for name, given in options.items():
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"options of transport {name!r} are a table of names and values, not {given!r}")
         load(name).check(given)
     kinds = frozenset(region.kind for region in regions) or frozenset({MemoryKind.HOST})
     automatic = wanted == "auto"

@@ -251,7 +251,7 @@ class PDWorker:
             over = True
             self._numbers.pop(load.request_id, None)
             error = type(note.error).__name__ if note.error is not None else ""
-            if note.outcome == "failed":
+            if note.outcome in ("failed", "abandoned"):
                 level = logging.INFO if load.prefix else logging.WARNING
                 logger.log(level, "request %s: load failed: %s", load.request_id, note.error)
             if note.outcome != "done" and load.ticket is not None:
@@ -264,6 +264,8 @@ class PDWorker:
             # First of all, since the step that reports the end may be the last one for long.
             address = "" if load.ticket is None else load.ticket.address
             self._transferred.append(Transferred(note.stats, note.outcome, error, address, load.request_id, stamp()))
+            if note.outcome == "abandoned":
+                return  # of blocks that a device may still write to the engine never hears again
             # Of an aborted request nothing may be said but that it is quiet: its blocks may be another's by now.
             # A stream that broke off leaves what is confirmed of it.
             blocks = ([*note.failed_blocks],) if load.follow and self._groups == 1 else load.block_ids

@@ -52,6 +52,23 @@ def test_decode_aborted_while_it_reads(engine: Callable[..., Any], tmp_path: Pat
     serves_on(pair)
 
 
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_a_read_that_closing_ends_is_reported_unless_its_device_may_still_write(
+    engine: Callable[..., Any], tmp_path: Path, abandoned: bool
+) -> None:
+    script = tmp_path / "script"
+    write_script(script, Rule(action="hold", at="middle", nth=1))
+    pair = Pair(engine("kv_producer"), engine("kv_consumer", faulty(script) | {"drain_seconds": 0.1}))
+    prompt = words(100)
+    pair.decode.add("r", prompt, tokens=3, params=pair.ticket("r", prompt))
+    pair.until(lambda: happened(script, "held"))
+    worker = pair.decode.worker.worker
+    for transport in worker._agent._courier._transports.values():
+        transport.inner.abandoned = abandoned
+    pair.decode.shutdown()
+    assert len(worker._ended) == (0 if abandoned else 1)
+
+
 def test_the_prefill_side_is_freed_without_waiting_for_its_lease(engine: Callable[..., Any], tmp_path: Path) -> None:
     script = tmp_path / "script"
     write_script(script, Rule(action="hold", at="middle", nth=1))

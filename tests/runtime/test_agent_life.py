@@ -96,6 +96,11 @@ def test_settings_that_cannot_work_are_refused_at_once(settings: dict[str, objec
         parse(settings)
 
 
+def test_options_that_are_no_table_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'staged-tcp'.* is a table of names and values, not 5"):
+        Config(transport_options={"staged-tcp": 5})  # type: ignore[dict-item]
+
+
 async def test_read_only_memory_is_leased_and_never_pulled_into(tmp_path: Path) -> None:
     file = tmp_path / "cache"
     file.write_bytes(bytes(range(256)) * 64)
