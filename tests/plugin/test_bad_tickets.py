@@ -290,5 +290,6 @@ def test_a_completion_that_comes_twice(engine: Callable[..., Any], tmp_path: Pat
         prompt = words(100, seed)
         assert pair.decode_all(f"r{seed}", prompt, pair.ticket(f"r{seed}", prompt)) == reference(prompt, 3)
     pair.settle()
-    pair.until(lambda: agent.counters()["late_events"] >= before + 3)  # the last may come behind everything else
-    assert agent.counters()["late_events"] == before + 3
+    # The last may come behind everything else; beside load a question is repeated, and its second answer is late too.
+    pair.until(lambda: agent.counters()["late_events"] >= before + 3)
+    assert agent.counters()["transfers_done"] == 4

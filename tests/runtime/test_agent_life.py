@@ -97,7 +97,7 @@ def test_settings_that_cannot_work_are_refused_at_once(settings: dict[str, objec
 
 
 def test_options_that_are_no_table_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'staged-tcp'.* is a table of names and values, not 5"):
+    with pytest.raises(ConfigError, match=r"'staged-tcp'.* is a table of names and values, not 5"):
         Config(transport_options={"staged-tcp": 5})  # type: ignore[dict-item]
 
 
