@@ -49,19 +49,34 @@ class HostMemory(GridTable):
             stream[:] = rows[blocks]
         return [out]
 
-    def place(self, piece: Slice, stream: Iterable[Buffer]) -> None:
-        """Write a slice's stream as it comes. Raises RemoteProtocolError when it is shorter or longer than the slice,
-        having written nothing outside of it."""
-        if not piece.patterns:
-            self.store(piece.dst_blocks, piece.dst_parts, stream)
-            return
-        whole = np.empty(piece.num_bytes, np.uint8)
-        _fill([whole], stream)
+    def places(self, piece: Slice) -> list[Buffer] | None:
+        """Where the stream of a slice goes, in its order; None if in so many places that it is to be gathered first,
+        for ``put``."""
+        return None if piece.patterns else self._segments(piece.dst_blocks, piece.dst_parts)
+
+    def put(self, piece: Slice, whole: Buffer) -> None:
+        """Write the gathered stream of a slice to its places."""
         at = 0
         for pattern in piece.patterns:
             end = at + len(piece.dst_blocks) * pattern.src_span
             self._scatter(piece.dst_blocks, pattern, whole[at:end])
             at = end
+        if not piece.patterns:
+            for rows, part in self._rows(piece.dst_blocks, piece.dst_parts, whole):
+                rows[piece.dst_blocks] = part
+
+    def place(self, piece: Slice, stream: Iterable[Buffer]) -> None:
+        """Write a slice's stream as it comes; its cuts need not fall on ours.
+
+        Raises RemoteProtocolError when it is shorter or longer than the slice, having written nothing outside of it.
+        """
+        places = self.places(piece)
+        if places is not None:
+            _fill(places, stream)
+            return
+        whole = np.empty(piece.num_bytes, np.uint8)
+        _fill([whole], stream)
+        self.put(piece, whole)
 
     def _scatter(self, blocks: Blocks, pattern: Pattern, spans: Buffer) -> None:
         ref, counts = self._refs[pattern.dst_grid], [dim.times for dim in pattern.dims]
@@ -70,20 +85,6 @@ class HostMemory(GridTable):
         rows = as_strided(base, (ref.grid.num_blocks, *counts, pattern.run_bytes), (ref.grid.block_stride, *strides, 1))
         strides = [dim.src_stride for dim in pattern.dims]
         rows[blocks] = as_strided(spans, (len(blocks), *counts, pattern.run_bytes), (pattern.src_span, *strides, 1))
-
-    def store(self, blocks: Blocks, parts: Sequence[Part], stream: Iterable[Buffer]) -> None:
-        """Write a stream piece by piece as it comes; its cuts need not fall on ours.
-
-        Raises RemoteProtocolError when it is shorter or longer than the slice, having written nothing outside of it.
-        """
-        segments = self._segments(blocks, parts)
-        if segments is not None:
-            _fill(segments, stream)
-            return
-        whole = _empty(blocks, parts)
-        _fill([whole], stream)
-        for rows, piece in self._rows(blocks, parts, whole):
-            rows[blocks] = piece
 
     def _segments(self, blocks: Blocks, parts: Sequence[Part]) -> list[Buffer] | None:
         """Views in stream order, neighbours in memory merged; None when they are small on average."""

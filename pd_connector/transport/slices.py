@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pd_connector.plan import CopyPlan, Pattern
 
-SLICE_BYTES = 2 << 20
+SLICE_BYTES = 4 << 20
 SLICE_CHUNKS = 8192
 """Bound on blocks × parts of one slice."""
 SLICE_PARTS = 1024

@@ -5,10 +5,9 @@ The one background thread of an agent serves peers (zmq_owner) and reads from th
 
 from __future__ import annotations
 
-import ctypes
 import secrets
+import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import msgspec
@@ -26,21 +25,6 @@ from pd_connector.transport.zmq_owner import Owner
 from pd_connector.transport.zmq_reader import Reader
 from pd_connector.transport.zmq_sockets import endpoint
 from pd_connector.transport.zmq_wire import VERSION, Where, decode_where
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEEP = ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20))
-"""Where glibc's own adjustment ends once a program has freed 32 MiB in one piece (mallopt(3))."""
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """For the whole process, once it reads over ZeroMQ. libzmq allocates every frame it receives. Without this, malloc
-    gives them back to the kernel, which clears their pages for the next ones: 10,000 to 40,000 page faults, a third of
-    the time of a 235 MB read on one core."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such knobs
-    if mallopt is not None:
-        for knob, value in _KEEP:
-            mallopt(knob, value)
 
 
 class ZmqTransport(ThreadedTransport):
@@ -94,7 +78,6 @@ class ZmqTransport(ThreadedTransport):
             self._tags.finish(tag, Status.ERROR, f"peer {peer}: {error}")
             return
         self._tags.open(tag)
-        _keep_freed_memory()
         self._submit(lambda: self._reader.connect(peer, where, tag))
 
     def disconnect(self, peer: PeerId) -> None:
@@ -131,17 +114,17 @@ class ZmqTransport(ThreadedTransport):
 
     def _open(self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller) -> None:
         self._owner = Owner(context, endpoint(self._options.host, self._options.port), self._instance, self._grants)
-        self._reader = Reader(context, poller, self._tags)
+        self._reader = Reader(poller, self._tags)
         poller.register(self._owner.socket, zmq.POLLIN)
 
     def _handle(self, source: object) -> None:
         if source is self._owner.socket:
             self._owner.serve()
-        else:
+        elif isinstance(source, int):
             self._reader.handle(source)
 
     def _due(self) -> float | None:
-        return None
+        return self._reader.due(time.monotonic())
 
     def _shut(self) -> None:
         self._owner.close()

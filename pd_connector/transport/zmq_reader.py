@@ -1,7 +1,8 @@
 """The reader's half of the zmq transport: peers, their reads and the slices in flight.
 
-Everything here runs in the transport's I/O thread, and so does every write into local memory. A read that this thread
-ended is therefore quiet at once: answers that still arrive for it are dropped.
+Everything here runs in the transport's I/O thread, and so does every write into local memory: the kernel puts bytes
+where they belong while this thread asks it for them. A read that this thread ended is therefore quiet at once: what
+still arrives for it is dropped, the rest of a slice that has begun to come included.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pd_connector.transport.base import LeaseId, PeerId, Status
 from pd_connector.transport.hostmem import Buffer, HostMemory
 from pd_connector.transport.slices import Slice, cut, stream_bytes
 from pd_connector.transport.tags import TagBook
-from pd_connector.transport.zmq_sockets import dial, hang_up, is_lost
+from pd_connector.transport.zmq_link import Head, Link, LinkLost
 from pd_connector.transport.zmq_wire import (
     MAX_ANSWER_FRAME,
     Answer,
@@ -40,8 +41,9 @@ log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 8 << 20
 WINDOW_SLICES = 32
-"""In flight per peer. The bytes bound what libzmq may buffer; they are few, so that what it received is still in the
-caches when it is copied on. The count keeps many small slices below libzmq's queue."""
+"""In flight per peer: as much as keeps the owner busy. The count keeps many small slices below its queue."""
+SILENCE_S = 15.0
+"""After which a peer is given up that says nothing; it is asked to after a third of that."""
 
 _STATUS = {Code.NOT_GRANTED: Status.NOT_GRANTED, Code.REFUSED: Status.ERROR}
 
@@ -60,44 +62,72 @@ class _Read:
 
 
 @dataclass(slots=True, eq=False)
-class _Link:
-    """One connection. It is thrown away, never revived: answers of an old one cannot reach a new one."""
+class _Arrival:
+    """The slice whose bytes are coming. ``whole`` takes those that have no place of their own until all are there."""
 
-    socket: zmq.Socket[bytes]
-    monitor: zmq.Socket[bytes]
+    read: _Read
+    piece: Slice
+    whole: Buffer | None
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """A link and what was asked for over it."""
+
+    link: Link
     nonce: bytes
     next_serial: int = 0
     pending: dict[int, tuple[_Read, Slice]] = field(default_factory=dict)
     in_flight: int = 0
+    arrival: _Arrival | None = None
+    watched: int = 0  # for which events of its socket
 
 
 @dataclass(slots=True, eq=False)
 class _Peer:
     id: PeerId
     where: Where
-    link: _Link | None = None
+    line: _Line | None = None
     connect_tag: int | None = None
     queues: dict[int, deque[_Read]] = field(default_factory=dict)  # per priority, reads that have slices to ask for
 
 
 class Reader:
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller, tags: TagBook) -> None:
+    def __init__(self, poller: zmq.Poller, tags: TagBook) -> None:
         self.counters = {"bytes_read": 0, "malformed_answers": 0, "peers_lost": 0}
-        self._context, self._poller, self._tags = context, poller, tags
+        self._poller, self._tags = poller, tags
         self._peers: dict[PeerId, _Peer] = {}
         self._reads: dict[int, _Read] = {}
-        self._handlers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+        self._by_socket: dict[int, tuple[_Peer, _Line]] = {}
+        self._next_look = 0.0
 
-    def handle(self, socket: object) -> None:
-        """A polled socket is readable (or was, before an earlier event of the same turn closed it)."""
-        handler = self._handlers.get(socket)  # type: ignore[call-overload]
-        if handler is not None:
-            handler()
+    def handle(self, descriptor: int) -> None:
+        """A polled socket is ready (or was, before an earlier event of the same turn closed it)."""
+        if descriptor in self._by_socket:
+            self._guard(self._on_ready, *self._by_socket[descriptor])
 
-    def _guard(self, handler: Callable[[_Peer, _Link], None], peer: _Peer, link: _Link) -> None:
+    def due(self, now: float) -> float | None:
+        """Ask silent peers, give up those that do not answer; seconds until it is to be called again."""
+        if not self._by_socket:
+            return None
+        if now >= self._next_look:
+            self._next_look = now + SILENCE_S / 3
+            for peer, line in list(self._by_socket.values()):
+                if now - line.link.heard > SILENCE_S:
+                    self._hung_up(peer, line, f"nothing came for {SILENCE_S:g} s")
+                elif now - line.link.heard > SILENCE_S / 3:
+                    self._guard(self._ask, peer, line)
+        return self._next_look - now
+
+    def _guard(self, handler: Callable[[_Peer, _Line], None], peer: _Peer, line: _Line) -> None:
         """A mistake of ours that one peer brings out costs that peer, not the thread that serves them all."""
         try:
-            handler(peer, link)
+            handler(peer, line)
+        except LinkLost as error:
+            self._hung_up(peer, line, str(error))
+        except RemoteProtocolError as error:
+            self.counters["malformed_answers"] += 1
+            self._lose(peer, Status.ERROR, f"peer {peer.id} broke the protocol: {error}")
         except Exception as error:
             log.exception("peer %s is given up", peer.id)
             self._lose(peer, Status.ERROR, f"peer {peer.id}: {type(error).__name__}: {error}")
@@ -105,9 +135,7 @@ class Reader:
     def connect(self, peer_id: PeerId, where: Where, tag: int) -> None:
         self.disconnect(peer_id)
         peer = self._peers[peer_id] = _Peer(peer_id, where, connect_tag=tag)
-        link = self._open(peer)
-        if link is not None:
-            link.socket.send(encode(Ping(link.nonce)), zmq.NOBLOCK)
+        self._open(peer)
 
     def disconnect(self, peer_id: PeerId) -> None:
         peer = self._peers.pop(peer_id, None)
@@ -138,7 +166,9 @@ class Reader:
             tag, peer_id, lease, capability, priority, memory, cut(plan), stream_bytes(plan)
         )
         peer.queues.setdefault(priority, deque()).append(read)
-        self._pump(peer)
+        line = peer.line or self._open(peer)
+        if line is not None:
+            self._guard(self._pump, peer, line)
 
     def cancel(self, tag: int) -> None:
         read = self._reads.get(tag)
@@ -147,16 +177,13 @@ class Reader:
 
     def close(self) -> None:
         for peer in self._peers.values():
-            self._close_link(peer)
+            self._hang_up(peer)
         self._peers.clear()
         self._reads.clear()
 
-    def _pump(self, peer: _Peer) -> None:
+    def _pump(self, peer: _Peer, line: _Line) -> None:
         """Ask for slices while the window is open: low priority numbers first, equal ones in turn."""
-        link = peer.link or self._open(peer)
-        if link is None:
-            return
-        while peer.queues and link.in_flight < WINDOW_BYTES and len(link.pending) < WINDOW_SLICES:
+        while peer.queues and line.in_flight < WINDOW_BYTES and len(line.pending) < WINDOW_SLICES:
             queue = peer.queues[min(peer.queues)]
             read = queue[0]
             piece = next(read.slices, None)
@@ -164,42 +191,39 @@ class Reader:
                 self._unqueue(peer, read)
                 continue
             queue.rotate(-1)
-            serial, link.next_serial = link.next_serial, link.next_serial + 1
-            link.pending[serial] = (read, piece)
-            link.in_flight += piece.num_bytes
+            serial, line.next_serial = line.next_serial, line.next_serial + 1
+            line.pending[serial] = (read, piece)
+            line.in_flight += piece.num_bytes
             request = Request(serial, read.lease, read.capability, piece.src_blocks, piece.src_parts)
-            try:
-                link.socket.send_multipart(encode_request(request), zmq.NOBLOCK)
-            except zmq.Again:
-                # The window is far below the queue's bound: the connection is gone, its event is on the way.
-                self._lose(peer, Status.PEER_LOST, f"peer {peer.id} at {peer.where.endpoint} lost: connection closed")
-                return
+            line.link.send(encode_request(request))
+        self._watch(line)
 
-    def _on_answer(self, peer: _Peer, link: _Link) -> None:
-        """One message per turn, so that commands wait for one slice at most."""
-        try:
-            head = link.socket.recv(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return
-        frames = _rest(link.socket, head)
-        try:
-            answer = decode_answer(head.buffer)
-            if isinstance(answer, Pong):
-                if sum(1 for _ in frames):
-                    raise RemoteProtocolError("a pong with frames")
-                self._on_pong(peer, link, answer)
+    def _ask(self, peer: _Peer, line: _Line) -> None:
+        line.link.ping()
+        self._watch(line)
+
+    def _on_ready(self, peer: _Peer, line: _Line) -> None:
+        for event in line.link.events():
+            if isinstance(event, Head):
+                self._on_head(peer, line, event)
             else:
-                self._on_slice(link, answer, frames)
-                for _ in frames:
-                    pass  # of a read that has ended
-        except RemoteProtocolError as error:
-            self.counters["malformed_answers"] += 1
-            self._lose(peer, Status.ERROR, f"peer {peer.id} broke the protocol: {error}")
-        if peer.link is link:
-            self._pump(peer)
+                self._on_end(line)
+            if peer.line is line:
+                self._pump(peer, line)
+        if peer.line is line:
+            self._watch(line)
 
-    def _on_pong(self, peer: _Peer, link: _Link, pong: Pong) -> None:
-        if pong.nonce != link.nonce:
+    def _on_head(self, peer: _Peer, line: _Line, head: Head) -> None:
+        answer = decode_answer(head.frame)
+        if not isinstance(answer, Pong):
+            self._on_answer(line, answer)
+        elif head.more:
+            raise RemoteProtocolError("a pong with frames")
+        else:
+            self._on_pong(peer, line, answer)
+
+    def _on_pong(self, peer: _Peer, line: _Line, pong: Pong) -> None:
+        if pong.nonce != line.nonce:
             raise RemoteProtocolError("a pong for another ping")
         if pong.instance != peer.where.instance:
             self._lose(peer, Status.PEER_LOST, f"another agent listens at {peer.where.endpoint} now")
@@ -207,33 +231,44 @@ class Reader:
             self._tags.finish(peer.connect_tag, Status.DONE)
             peer.connect_tag = None
 
-    def _on_slice(self, link: _Link, answer: Answer, frames: Iterator[Buffer]) -> None:
-        if answer.serial >= link.next_serial:
+    def _on_answer(self, line: _Line, answer: Answer) -> None:
+        if answer.serial >= line.next_serial:
             raise RemoteProtocolError(f"an answer to slice {answer.serial}, which nobody asked for")
-        if answer.serial not in link.pending:
+        if answer.serial not in line.pending:
             self.counters["malformed_answers"] += 1  # a duplicate: that slice was taken
             return
-        read, piece = link.pending.pop(answer.serial)
-        link.in_flight -= piece.num_bytes
+        read, piece = line.pending.pop(answer.serial)
+        line.in_flight -= piece.num_bytes
         if not read.open:
             return
         if answer.code is not Code.OK:
             self._end(read, _STATUS[answer.code], f"peer {read.peer} refused the read: {answer.detail}")
             return
-        read.memory.place(piece, frames)
+        places, whole = read.memory.places(piece), None
+        if places is None:
+            whole = np.empty(piece.num_bytes, np.uint8)
+            places = [whole]
+        line.arrival = _Arrival(read, piece, whole)
+        line.link.expect(place.data for place in places)
+
+    def _on_end(self, line: _Line) -> None:
+        arrival, line.arrival = line.arrival, None
+        if arrival is None:
+            return
+        read, piece = arrival.read, arrival.piece
+        if arrival.whole is not None:
+            read.memory.put(piece, arrival.whole)
         self.counters["bytes_read"] += piece.num_bytes
         read.left -= piece.num_bytes
         if not read.left:
             self._end(read, Status.DONE, "")
 
-    def _on_monitor(self, peer: _Peer, link: _Link) -> None:
-        if not is_lost(link.monitor):
-            return
-        if peer.connect_tag is None and not link.pending and not peer.queues:
-            self._close_link(peer)  # nobody was reading: the next read opens another, and fails if nobody answers
+    def _hung_up(self, peer: _Peer, line: _Line, why: str) -> None:
+        if peer.connect_tag is None and not line.pending and not line.arrival and not peer.queues:
+            self._hang_up(peer)  # nobody was reading: the next read opens another, and fails if nobody answers
         else:
             state = "lost" if peer.connect_tag is None else "cannot be reached"
-            self._lose(peer, Status.PEER_LOST, f"peer {peer.id} at {peer.where.endpoint} {state}: connection closed")
+            self._lose(peer, Status.PEER_LOST, f"peer {peer.id} at {peer.where.endpoint} {state}: {why}")
 
     def _lose(self, peer: _Peer, status: Status, detail: str) -> None:
         self.counters["peers_lost"] += 1
@@ -245,7 +280,7 @@ class Reader:
             self._tags.finish(peer.connect_tag, status, detail)
             peer.connect_tag = None
         peer.queues.clear()
-        self._close_link(peer)
+        self._hang_up(peer)
         for read in [read for read in self._reads.values() if read.peer == peer.id]:
             self._end(read, status, detail)
 
@@ -255,6 +290,9 @@ class Reader:
         peer = self._peers.get(read.peer)
         if peer is not None:
             self._unqueue(peer, read)
+            if peer.line is not None and peer.line.arrival is not None and peer.line.arrival.read is read:
+                peer.line.arrival = None
+                peer.line.link.drop()
         self._tags.finish(read.tag, status, detail)
 
     @staticmethod
@@ -265,35 +303,29 @@ class Reader:
             if not queue:
                 del peer.queues[read.priority]
 
-    def _open(self, peer: _Peer) -> _Link | None:
+    def _open(self, peer: _Peer) -> _Line | None:
         try:
-            socket, monitor = dial(self._context, peer.where.endpoint, MAX_ANSWER_FRAME)
-        except zmq.ZMQError as error:
-            remedy = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+            link = Link(peer.where.endpoint, MAX_ANSWER_FRAME)
+        except (OSError, ValueError) as error:
+            remedy = "; raise the limit of open files (ulimit -n)" if getattr(error, "errno", 0) == errno.EMFILE else ""
             detail = f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}{remedy}"
             self._lose(peer, Status.PEER_LOST, detail)
             return None
-        link = peer.link = _Link(socket, monitor, secrets.token_bytes(16))
-        self._handlers[link.socket] = lambda: self._guard(self._on_answer, peer, link)
-        self._handlers[link.monitor] = lambda: self._guard(self._on_monitor, peer, link)
-        self._poller.register(link.socket, zmq.POLLIN)
-        self._poller.register(link.monitor, zmq.POLLIN)
-        return link
+        line = peer.line = _Line(link, secrets.token_bytes(16))
+        self._by_socket[link.fileno()] = (peer, line)
+        link.send([encode(Ping(line.nonce))])
+        self._watch(line)
+        return line
 
-    def _close_link(self, peer: _Peer) -> None:
-        link, peer.link = peer.link, None
-        if link is None:
-            return
-        for socket in (link.socket, link.monitor):
-            self._poller.unregister(socket)
-            del self._handlers[socket]
-        hang_up(link.socket, link.monitor)
+    def _watch(self, line: _Line) -> None:
+        events = zmq.POLLIN | (zmq.POLLOUT if line.link.wants_to_write else 0)
+        if events != line.watched:
+            self._poller.register(line.link.fileno(), events)
+            line.watched = events
 
-
-def _rest(socket: zmq.Socket[bytes], head: zmq.Frame) -> Iterator[Buffer]:
-    """The frames after the first, received one at a time: each is copied and freed while the caches still hold it."""
-    more = head.more
-    while more:
-        frame = socket.recv(zmq.NOBLOCK, copy=False)
-        more = frame.more
-        yield np.frombuffer(frame.buffer, np.uint8)
+    def _hang_up(self, peer: _Peer) -> None:
+        line, peer.line = peer.line, None
+        if line is not None:
+            self._poller.unregister(line.link.fileno())
+            del self._by_socket[line.link.fileno()]
+            line.link.close()

@@ -24,7 +24,7 @@ from pd_connector.transport.base import LeaseId
 from pd_connector.transport.grants import MAX_CAPABILITY_BYTES
 from pd_connector.transport.slices import SLICE_BYTES, SLICE_CHUNKS, SLICE_PARTS, Blocks, Part
 
-VERSION = 1
+VERSION = 2
 MAX_REQUEST_FRAME = max(SLICE_CHUNKS * 4, SLICE_PARTS * 32) + 1024
 MAX_ANSWER_FRAME = SLICE_BYTES + 1024
 MAX_DETAIL = 256

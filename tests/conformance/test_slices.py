@@ -18,7 +18,7 @@ from pd_connector.transport.base import Completion, LeaseId, Status
 from pd_connector.transport.doorbell import Doorbell
 from pd_connector.transport.grants import Grants
 from pd_connector.transport.hostmem import HostMemory
-from pd_connector.transport.slices import SLICE_BYTES, SLICE_CHUNKS, SLICE_PARTS, cut
+from pd_connector.transport.slices import SLICE_BYTES, SLICE_CHUNKS, SLICE_PARTS, Slice, cut
 from pd_connector.transport.tags import TagBook
 
 
@@ -81,14 +81,15 @@ def test_host_memory_refuses_addresses_it_does_not_have() -> None:
 @pytest.mark.parametrize("part", [(0, 0, 4096), (4, 0, 65536)])
 def test_a_stream_of_another_length_is_refused(part: tuple[int, int, int]) -> None:
     memory, blocks = HostMemory(Arena(MIXED, 1).regions), np.array([3, 4], np.uint32)
-    exact = np.zeros(2 * part[2], np.uint8)
-    memory.store(blocks, [part], [exact, exact[:0]])
+    piece = Slice(blocks, blocks, (part,), (part,), 2 * part[2])
+    exact = np.zeros(piece.num_bytes, np.uint8)
+    memory.place(piece, [exact, exact[:0]])
     with pytest.raises(RemoteProtocolError, match="1 bytes short"):
-        memory.store(blocks, [part], [exact[:-1]])
+        memory.place(piece, [exact[:-1]])
     with pytest.raises(RemoteProtocolError, match="short"):
-        memory.store(blocks, [part], [])
+        memory.place(piece, [])
     with pytest.raises(RemoteProtocolError, match="too many"):
-        memory.store(blocks, [part], [exact, exact[:1]])
+        memory.place(piece, [exact, exact[:1]])
 
 
 def test_large_blocks_are_sent_from_where_they_lie() -> None:
