@@ -57,6 +57,17 @@ static unsigned char *pages(size_t bytes, int huge, int value)
     return memory;
 }
 
+/* What a read finds: every page of the source looked at, the whole destination just written. Without it the later passes
+ * would find in the caches what the first ones left there. */
+static void settle(const part *whole, size_t bytes)
+{
+    volatile unsigned char seen;
+    for (size_t at = 0; at < bytes; at += 4096)
+        seen = whole->src[at];
+    (void)seen;
+    memset(whole->dst, 2, bytes);
+}
+
 /* Seconds that `threads` took for the chunks of `whole`, or a negative errno. */
 static double timed(const part *whole, size_t threads)
 {
@@ -87,6 +98,7 @@ int pd_limits(size_t chunk, size_t chunks, int huge, double out[4])
     int error = from && to && src && dst ? 0 : -ENOMEM;
     for (int i = 0; i < 4 && !error; i++) {
         part whole = {dst, src, from, to, 0, chunks, chunk, i / 2};
+        settle(&whole, bytes);
         double seconds = timed(&whole, (size_t)i % 2 + 1);
         error = seconds < 0 ? (int)seconds : 0;
         out[i] = (double)(chunk * chunks) / seconds / 1e9;

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["owned", "foreign"],
         help="a pool that a reader of the same host maps, or any other memory (makes a difference to shm only)",
     )
-    parser.add_argument("--huge", action="store_true", help="huge pages under the reader's and foreign memory")
+    parser.add_argument("--huge", action="store_true", help="all memory in huge pages, as agents make it")
     parser.add_argument("--threads", type=int, default=2, help="of a native transport (default: %(default)s)")
     parser.add_argument("--pin", action="store_true", help="each of them stays on one processor")
     parser.add_argument("--chunk", type=int, nargs="+", default=list(CHUNKS), metavar="BYTES")

@@ -13,8 +13,8 @@ from pd_connector.errors import ConfigError, TransportUnavailable
 
 class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``num_bytes`` is rounded down to whole blocks of all grids, at least one. Memory that is ``owned`` is a shared
-    pool, which a reader of the same host maps, ``foreign`` is any other; ``huge`` is about pages under the reader's and
-    under foreign memory. ``pin`` keeps each thread of a native transport on one processor, so that both ends of a lane
+    pool, which a reader of the same host maps, ``foreign`` is any other; ``huge``: all memory in huge pages, as agents
+    make it. ``pin`` keeps each thread of a native transport on one processor, so that both ends of a lane
     share it. ``veth`` are two network namespaces of this host; it needs root. ``host`` is the address of the end that
     runs this, ``more`` are further options of the transport."""
 

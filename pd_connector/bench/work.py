@@ -33,6 +33,8 @@ class Cache:
         size = 2 * blocks * chunk_bytes
         grids = tuple(BlockGrid(0, grid, grid * size, chunk_bytes, chunk_bytes, 2 * blocks) for grid in range(GRIDS))
         self.region = Region(self.memory.ctypes.data, num_bytes, grids, keepalive=self.memory)
+        if huge:
+            self.region.populate()  # as an agent does with what is registered
 
     def fill(self) -> None:
         """Owner: every word differs."""

@@ -66,7 +66,7 @@ class HostMemory(GridTable):
                 rows[piece.dst_blocks] = part
 
     def place(self, piece: Slice, stream: Iterable[Buffer]) -> None:
-        """Write a slice's stream as it comes; its cuts need not fall on ours.
+        """Write a slice's stream, cut into whatever pieces.
 
         Raises RemoteProtocolError when it is shorter or longer than the slice, having written nothing outside of it.
         """

@@ -114,7 +114,7 @@ class ZmqTransport(ThreadedTransport):
 
     def _open(self, context: zmq.Context[zmq.Socket[bytes]], poller: zmq.Poller) -> None:
         self._owner = Owner(context, endpoint(self._options.host, self._options.port), self._instance, self._grants)
-        self._reader = Reader(poller, self._tags)
+        self._reader = Reader(poller, self._tags, self._report)
         poller.register(self._owner.socket, zmq.POLLIN)
 
     def _handle(self, source: object) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pd_connector.errors import RemoteProtocolError
 from pd_connector.transport import zmtp
@@ -23,8 +24,16 @@ RECEIVE_BYTES = 256 << 10
 """Of a body, asked for at once and waited for: fewer system calls, and what came last is still in the caches."""
 TURN_BYTES = 4 << 20
 """Received before others have their turn."""
+SMALL_COST = 256 << 10
+"""What asking for a few bytes counts in a turn: they may hold two thousand frames."""
 MAX_HEAD_BYTES = 1024
+MAX_FRAMES = 8192
+"""Of one message; owners send one for 32 KiB on average."""
+MAX_PONGS_BYTES = 64 << 10
+"""Unsent, beyond which the pings of a peer that takes nothing are not answered."""
 _VIEWS = 64
+
+Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 
 class LinkLost(ConnectionError):
@@ -44,14 +53,26 @@ class End:
     """All that was behind the last head has come."""
 
 
+def resolve(endpoint: str, *, look_up: bool) -> Address | None:
+    """Where ``tcp://host:port`` is; None for a name that is not to be looked up, which may take as long as the name
+    server likes. Raises OSError or ValueError."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not 0 < int(port) < 65536:
+        raise ValueError(f"there is no port {port}")
+    flags = 0 if look_up else socket.AI_NUMERICHOST
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror as error:
+        if look_up or error.errno != socket.EAI_NONAME:
+            raise
+        return None
+    return found[0][0], found[0][4]
+
+
 class Link:
-    def __init__(self, endpoint: str, max_frame: int) -> None:
-        """Raises OSError or ValueError. A name is looked up here and now."""
-        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-        if int(port) > 65535:
-            raise ValueError(f"there is no port {port}")
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        self.heard = time.monotonic()
+    def __init__(self, address: Address, max_frame: int) -> None:
+        """Raises OSError."""
+        self.made = self.heard = time.monotonic()
         self._max_frame = max_frame
         self._out = bytearray(zmtp.GREETING)
         self._unsent: list[bytes] | None = []  # until the handshake is over
@@ -59,13 +80,15 @@ class Link:
         self._in = bytearray()
         self._left = 0  # bytes of the current frame, one behind a head
         self._more = self._in_body = False
+        self._frames = 0  # of the current message so far
         self._targets: deque[memoryview] | None = None
+        self._room = 0  # bytes in them
         self._waste = memoryview(b"")
         self._low = 1
-        self._socket = socket.socket(family, kind)
+        self._socket = socket.socket(address[0], socket.SOCK_STREAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        status = self._socket.connect_ex(address)
+        status = self._socket.connect_ex(address[1])
         if status not in (0, errno.EINPROGRESS):
             self._socket.close()
             raise OSError(status, os.strerror(status))
@@ -77,6 +100,10 @@ class Link:
     @property
     def wants_to_write(self) -> bool:
         return bool(self._out) or not self._connected
+
+    @property
+    def in_handshake(self) -> bool:
+        return self._unsent is not None
 
     def send(self, frames: list[bytes]) -> None:
         """Raises LinkLost."""
@@ -94,6 +121,7 @@ class Link:
     def expect(self, targets: Iterable[memoryview]) -> None:
         """Where the rest of the message goes, which must fill them exactly."""
         self._targets = deque(target for target in targets if len(target))
+        self._room = sum(map(len, self._targets))
 
     def drop(self) -> None:
         """Nothing more of this message is written anywhere."""
@@ -112,11 +140,12 @@ class Link:
             event = self._parse()
             if event is not None:
                 yield event
-            elif budget <= 0 or not (got := self._receive()):
+                continue
+            small = not self._left
+            if budget <= 0 or not (got := self._receive()):
                 self._wait_for(min(self._left, RECEIVE_BYTES))
                 return
-            else:
-                budget -= got
+            budget -= SMALL_COST if small else got
 
     def close(self) -> None:
         self._targets = None
@@ -139,7 +168,7 @@ class Link:
         self._out += data
         try:
             while self._out and self._connected:
-                del self._out[: self._socket.send(self._out)]
+                del self._out[: self._socket.send(self._out, socket.MSG_NOSIGNAL)]
         except BlockingIOError:
             pass
         except OSError as error:
@@ -174,9 +203,8 @@ class Link:
     def _parse(self) -> Head | End | None:
         """The next event that the buffer holds, which is then smaller."""
         if not self._greeted:
-            if len(self._in) < len(zmtp.GREETING):
+            if not zmtp.check_greeting(self._in[: len(zmtp.GREETING)]):
                 return None
-            zmtp.check_greeting(self._in)
             del self._in[: len(zmtp.GREETING)]
             self._greeted = True
             self._write(zmtp.ready(b"DEALER"))
@@ -195,8 +223,7 @@ class Link:
                 raise RemoteProtocolError(f"a frame of {header.size} bytes")
             if in_body:
                 del self._in[: header.length]
-                self._left, self._more = header.size, header.more
-                self._check_room()
+                self._begin_frame(header)
                 continue
             if len(self._in) < header.length + header.size:
                 return None
@@ -207,15 +234,14 @@ class Link:
             elif self._unsent is not None:
                 raise RemoteProtocolError("a message before the handshake was over")
             else:
-                self._in_body, self._more = True, header.more
+                self._in_body, self._more, self._frames = True, header.more, 0
                 self._targets = None
                 return Head(frame, header.more)
 
     def _end(self) -> End:
         self._in_body = False
-        missing = sum(map(len, self._targets or ()))
-        if missing:
-            raise RemoteProtocolError(f"a slice came {missing} bytes short")
+        if self._targets:
+            raise RemoteProtocolError(f"a slice came {self._room} bytes short")
         return End()
 
     def _on_command(self, command: bytes) -> None:
@@ -226,13 +252,18 @@ class Link:
             return
         name, body = zmtp.split_command(command)
         if name == b"PING":
-            self._write(zmtp.pong(body))
+            if len(self._out) < MAX_PONGS_BYTES:
+                self._write(zmtp.pong(body))
         elif name != b"PONG":
             raise RemoteProtocolError(f"an unexpected command {name!r}")
 
-    def _check_room(self) -> None:
-        if self._targets is not None and self._left > (room := sum(map(len, self._targets))):
-            raise RemoteProtocolError(f"a slice came with at least {self._left - room} bytes too many")
+    def _begin_frame(self, header: zmtp.Header) -> None:
+        self._left, self._more = header.size, header.more
+        self._frames += 1
+        if self._frames > MAX_FRAMES:
+            raise RemoteProtocolError(f"a message of more than {MAX_FRAMES} frames")
+        if self._targets is not None and self._left > self._room:
+            raise RemoteProtocolError(f"a slice came with at least {self._left - self._room} bytes too many")
 
     def _copy(self) -> None:
         """What of the current frame came along with its header."""
@@ -262,6 +293,7 @@ class Link:
         self._left -= size
         if self._targets is None:
             return
+        self._room -= size
         while size:
             target = self._targets.popleft()
             if len(target) > size:

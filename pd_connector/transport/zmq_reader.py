@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from pd_connector.transport.base import LeaseId, PeerId, Status
 from pd_connector.transport.hostmem import Buffer, HostMemory
 from pd_connector.transport.slices import Slice, cut, stream_bytes
 from pd_connector.transport.tags import TagBook
-from pd_connector.transport.zmq_link import Head, Link, LinkLost
+from pd_connector.transport.zmq_link import Address, Head, Link, LinkLost, resolve
 from pd_connector.transport.zmq_wire import (
     MAX_ANSWER_FRAME,
     Answer,
@@ -81,21 +82,24 @@ class _Line:
     in_flight: int = 0
     arrival: _Arrival | None = None
     watched: int = 0  # for which events of its socket
+    proven: bool = False  # a pong told that the peer's own instance is there
 
 
 @dataclass(slots=True, eq=False)
 class _Peer:
     id: PeerId
     where: Where
+    address: Address | None = None  # while its name is looked up
     line: _Line | None = None
     connect_tag: int | None = None
     queues: dict[int, deque[_Read]] = field(default_factory=dict)  # per priority, reads that have slices to ask for
 
 
 class Reader:
-    def __init__(self, poller: zmq.Poller, tags: TagBook) -> None:
+    def __init__(self, poller: zmq.Poller, tags: TagBook, report: Callable[[Callable[[], None]], None]) -> None:
+        """``report`` has the transport's thread call something; it may itself be called from any."""
         self.counters = {"bytes_read": 0, "malformed_answers": 0, "peers_lost": 0}
-        self._poller, self._tags = poller, tags
+        self._poller, self._tags, self._report = poller, tags, report
         self._peers: dict[PeerId, _Peer] = {}
         self._reads: dict[int, _Read] = {}
         self._by_socket: dict[int, tuple[_Peer, _Line]] = {}
@@ -113,10 +117,10 @@ class Reader:
         if now >= self._next_look:
             self._next_look = now + SILENCE_S / 3
             for peer, line in list(self._by_socket.values()):
-                if now - line.link.heard > SILENCE_S:
-                    self._hung_up(peer, line, f"nothing came for {SILENCE_S:g} s")
+                if line.link.in_handshake and now - line.link.made > SILENCE_S:
+                    self._hung_up(peer, line, f"no handshake within {SILENCE_S:g} s")
                 elif now - line.link.heard > SILENCE_S / 3:
-                    self._guard(self._ask, peer, line)
+                    self._guard(lambda peer, line: self._on_silence(peer, line, now), peer, line)
         return self._next_look - now
 
     def _guard(self, handler: Callable[[_Peer, _Line], None], peer: _Peer, line: _Line) -> None:
@@ -135,7 +139,16 @@ class Reader:
     def connect(self, peer_id: PeerId, where: Where, tag: int) -> None:
         self.disconnect(peer_id)
         peer = self._peers[peer_id] = _Peer(peer_id, where, connect_tag=tag)
-        self._open(peer)
+        try:
+            peer.address = resolve(where.endpoint, look_up=False)
+        except (OSError, ValueError) as error:
+            self._cannot_open(peer, error)
+            return
+        if peer.address is not None:
+            self._open(peer)
+        else:
+            # A daemon of its own: a name server may take half a minute, and nobody waits for it here.
+            threading.Thread(target=self._look_up, args=(peer,), name="pd-zmq-name", daemon=True).start()
 
     def disconnect(self, peer_id: PeerId) -> None:
         peer = self._peers.pop(peer_id, None)
@@ -183,7 +196,7 @@ class Reader:
 
     def _pump(self, peer: _Peer, line: _Line) -> None:
         """Ask for slices while the window is open: low priority numbers first, equal ones in turn."""
-        while peer.queues and line.in_flight < WINDOW_BYTES and len(line.pending) < WINDOW_SLICES:
+        while line.proven and peer.queues and line.in_flight < WINDOW_BYTES and len(line.pending) < WINDOW_SLICES:
             queue = peer.queues[min(peer.queues)]
             read = queue[0]
             piece = next(read.slices, None)
@@ -198,7 +211,13 @@ class Reader:
             line.link.send(encode_request(request))
         self._watch(line)
 
-    def _ask(self, peer: _Peer, line: _Line) -> None:
+    def _on_silence(self, peer: _Peer, line: _Line, now: float) -> None:
+        """It may be ours: this thread was held up, or waits for more bytes than have come."""
+        self._on_ready(peer, line)
+        if peer.line is not line:
+            return
+        if now - line.link.heard > SILENCE_S:
+            raise LinkLost(f"nothing came for {SILENCE_S:g} s")
         line.link.ping()
         self._watch(line)
 
@@ -227,7 +246,9 @@ class Reader:
             raise RemoteProtocolError("a pong for another ping")
         if pong.instance != peer.where.instance:
             self._lose(peer, Status.PEER_LOST, f"another agent listens at {peer.where.endpoint} now")
-        elif peer.connect_tag is not None:
+            return
+        line.proven = True
+        if peer.connect_tag is not None:
             self._tags.finish(peer.connect_tag, Status.DONE)
             peer.connect_tag = None
 
@@ -303,13 +324,40 @@ class Reader:
             if not queue:
                 del peer.queues[read.priority]
 
-    def _open(self, peer: _Peer) -> _Line | None:
+    def _look_up(self, peer: _Peer) -> None:
+        """In a thread of its own."""
         try:
-            link = Link(peer.where.endpoint, MAX_ANSWER_FRAME)
+            address = resolve(peer.where.endpoint, look_up=True)
         except (OSError, ValueError) as error:
-            remedy = "; raise the limit of open files (ulimit -n)" if getattr(error, "errno", 0) == errno.EMFILE else ""
-            detail = f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}{remedy}"
-            self._lose(peer, Status.PEER_LOST, detail)
+            failure = error
+            self._report(lambda: self._found(peer, None, failure))
+        else:
+            self._report(lambda: self._found(peer, address, None))
+
+    def _found(self, peer: _Peer, address: Address | None, failure: Exception | None) -> None:
+        if self._peers.get(peer.id) is not peer:
+            return  # nobody waits for it any more
+        if failure is not None:
+            self._cannot_open(peer, failure)
+            return
+        peer.address = address
+        line = self._open(peer)
+        if line is not None:
+            self._guard(self._pump, peer, line)
+
+    def _cannot_open(self, peer: _Peer, error: Exception) -> None:
+        remedy = "; raise the limit of open files (ulimit -n)" if getattr(error, "errno", 0) == errno.EMFILE else ""
+        detail = f"peer {peer.id}: cannot connect to {peer.where.endpoint}: {error}{remedy}"
+        self._lose(peer, Status.PEER_LOST, detail)
+
+    def _open(self, peer: _Peer) -> _Line | None:
+        """None while its name is looked up, and when it is lost instead."""
+        if peer.address is None:
+            return None
+        try:
+            link = Link(peer.address, MAX_ANSWER_FRAME)
+        except OSError as error:
+            self._cannot_open(peer, error)
             return None
         line = peer.line = _Line(link, secrets.token_bytes(16))
         self._by_socket[link.fileno()] = (peer, line)

@@ -30,15 +30,18 @@ class Header:
     command: bool
 
 
-def check_greeting(greeting: bytes | bytearray) -> None:
-    """Raises RemoteProtocolError unless it is one of ZMTP 3 without encryption."""
-    if greeting[0] != 0xFF or greeting[9] != 0x7F:
+def check_greeting(greeting: bytes | bytearray) -> bool:
+    """Whether it is whole. Raises RemoteProtocolError as soon as it cannot be one of ZMTP 3 without encryption."""
+    if greeting[:1] not in (b"", GREETING[:1]) or greeting[9:10] not in (b"", GREETING[9:10]):
         raise RemoteProtocolError("whoever listens there does not speak ZeroMQ")
+    if len(greeting) < len(GREETING):
+        return False
     if greeting[10] < 3:
         raise RemoteProtocolError(f"the peer speaks ZMTP {greeting[10]}, which is older than 3")
     mechanism = bytes(greeting[12:32]).rstrip(b"\0")
     if mechanism != b"NULL":
         raise RemoteProtocolError(f"the peer's port asks for the mechanism {mechanism!r}, not NULL")
+    return True
 
 
 def ready(socket_type: bytes) -> bytes:

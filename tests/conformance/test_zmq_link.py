@@ -9,8 +9,12 @@ import contextlib
 import random
 import resource
 import socket
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -48,7 +52,7 @@ class RawOwner:
     def signal(self, number: int) -> None:
         raise NotImplementedError
 
-    def accept(self) -> None:
+    def accept(self, *, pong: bool = True) -> None:
         """The handshake, and the first ping."""
         self.connection, _ = self.listener.accept()
         self.connection.settimeout(DEADLINE_S)
@@ -58,8 +62,9 @@ class RawOwner:
         zmtp.check_greeting(self.take(len(zmtp.GREETING)))
         self.send(zmtp.ready(b"ROUTER"))
         zmtp.check_ready(self.frame(), b"DEALER")
-        ping = msgspec.msgpack.decode(self.frame(), type=Ping)
-        self.say(encode(Pong(ping.nonce, INSTANCE)))
+        self.nonce = msgspec.msgpack.decode(self.frame(), type=Ping).nonce
+        if pong:
+            self.say(encode(Pong(self.nonce, INSTANCE)))
 
     def take(self, size: int) -> bytes:
         while len(self.rest) < size:
@@ -258,21 +263,56 @@ def test_an_endless_message_takes_no_memory_and_keeps_nobody_waiting(both: tuple
         healthy.close()
 
 
-def test_a_listener_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def connected(reader: ZmqTransport, listener: socket.socket, said: Callable[[int], bytes]) -> tuple[Status, str]:
+    """How a connect ends whose listener says something every 50 ms."""
+    port = listener.getsockname()[1]
+    reader.connect("odd", msgspec.msgpack.encode(Where(VERSION, f"tcp://127.0.0.1:{port}", INSTANCE)), 1)
+    with listener, listener.accept()[0] as connection:
+        for turn in range(int(DEADLINE_S / 0.05)):
+            with contextlib.suppress(OSError):
+                connection.sendall(said(turn))
+            time.sleep(0.05)
+            for completion in reader.poll(4):
+                assert completion.tag == 1
+                return completion.status, completion.detail
+    raise AssertionError("it goes on for ever")
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "words"),
+    [
+        (lambda _: b"", Status.PEER_LOST, "cannot be reached: n"),
+        (lambda turn: zmtp.GREETING[turn : turn + 1], Status.PEER_LOST, "no handshake within"),
+        (lambda turn: b"" if turn else b"SSH-2.0-OpenSSH", Status.ERROR, "does not speak ZeroMQ"),
+    ],
+)
+def test_a_listener_that_is_none_of_ours_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[int], bytes], status: Status, words: str
+) -> None:
     monkeypatch.setattr(zmq_reader, "SILENCE_S", 0.6)
-    reader, listener = ZmqTransport("reader", {}), socket.create_server(("127.0.0.1", 0))
+    reader = ZmqTransport("reader", {})
     try:
-        where = Where(VERSION, f"tcp://127.0.0.1:{listener.getsockname()[1]}", INSTANCE)
-        reader.connect("mute", msgspec.msgpack.encode(where), 1)
-        end, found = time.monotonic() + DEADLINE_S, []
-        while not found and time.monotonic() < end:
-            found = reader.poll(4)
-            time.sleep(0.01)
-        assert [(each.tag, each.status) for each in found] == [(1, Status.PEER_LOST)]
-        assert "cannot be reached: nothing came for" in found[0].detail
+        found, detail = connected(reader, socket.create_server(("127.0.0.1", 0)), said)
+        assert found is status
+        assert words in detail
     finally:
         reader.close()
-        listener.close()
+
+
+def test_nothing_is_asked_of_whoever_has_not_proven_to_be_the_peer(both: tuple[Pair, RawOwner]) -> None:
+    """The connection is another one after a fence, and somebody else may listen there by now."""
+    pair, owner = both
+    pair.wait(pair.fence())
+    tag = pair.read(one_block(pair, 0))
+    owner.connection.close()
+    owner.accept(pong=False)
+    owner.connection.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        owner.frame()
+    owner.connection.settimeout(DEADLINE_S)
+    owner.say(encode(Pong(owner.nonce, INSTANCE)))
+    owner.send(answer(owner.request()))
+    assert pair.wait(tag).status is Status.DONE
 
 
 def test_the_heartbeat_of_an_owner_is_answered() -> None:
@@ -314,3 +354,131 @@ def test_an_address_that_is_none_is_said(endpoint: str) -> None:
 
 def test_what_is_asked_for_at_once_fits_the_buffers() -> None:
     assert zmq_link.SMALL_BYTES <= zmq_link.RECEIVE_BYTES <= zmq_link.TURN_BYTES
+
+
+FLOODS = {
+    "empty frames": b"\x01\x00",
+    "frames of a byte": b"\x01\x01x",
+    "answers that were given": zmtp.encode_message([encode(Answer(0, Code.OK))]),
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_a_flood_keeps_nobody_waiting(kind: str) -> None:
+    """As fast as it goes, into a read of many places; another peer is fenced meanwhile."""
+    owner, reader = RawOwner(), ZmqTransport("reader", {})
+    stop = threading.Event()
+    try:
+        pair = Pair(reader, owner, "big", connected=False)
+        tag = pair.connect()
+        owner.accept()
+        pair.wait(tag)
+        pair.read(pair.blocks(range(0, 48, 2)))
+        head = encode(Answer(owner.request().serial, Code.OK))
+        owner.send(bytes([1, len(head)]) + head if "frame" in kind else zmtp.encode_message([head]))
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    owner.connection.sendall(FLOODS[kind] * 10_000)
+
+        thread = threading.Thread(target=flood, daemon=True)
+        thread.start()
+        for _ in range(20):
+            start, tag = time.monotonic(), pair.tag()
+            reader.fence("another", tag)
+            while tag not in pair.ended:
+                pair.pump(0.05)
+            assert time.monotonic() - start < 2
+    finally:
+        stop.set()
+        reader.close()
+        owner.close()
+        thread.join(DEADLINE_S)
+    assert not reader.abandoned
+
+
+def test_pings_of_a_peer_that_takes_nothing_fill_no_memory(both: tuple[Pair, RawOwner]) -> None:
+    _, owner = both
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pings = zmtp.ping() * 100_000
+    for _ in range(30):
+        owner.send(pings)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10, "more than 32 MiB (in KiB)"
+
+
+def test_bytes_that_come_slowly_are_no_silence(both: tuple[Pair, RawOwner], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than the thread waits for, for longer than a peer may be silent."""
+    monkeypatch.setattr(zmq_reader, "SILENCE_S", 0.9)
+    pair, owner = both
+    tag = pair.read(one_block(pair, 2))
+    whole = answer(owner.request())
+    end = time.monotonic() + 3
+    at = 0
+    while time.monotonic() < end:
+        owner.send(whole[at : at + 1000])
+        at += 1000
+        time.sleep(0.02)
+    assert tag not in pair.ended
+    owner.send(whole[at:])
+    assert pair.wait(tag).status is Status.DONE
+
+
+def test_a_name_server_keeps_nobody_waiting(both: tuple[Pair, RawOwner], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, owner = both
+    asked, answered, real = threading.Event(), threading.Event(), socket.getaddrinfo
+
+    def slow(host: str, *rest: object, **more: object) -> object:
+        if host == "slow.example" and not more.get("flags"):
+            asked.set()
+            answered.wait(DEADLINE_S)
+            host = "127.0.0.1"
+        return real(host, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    other, tags = RawOwner(), {}
+    where = msgspec.msgpack.decode(other.describe(), type=Where)
+    named = msgspec.structs.replace(where, endpoint=where.endpoint.replace("127.0.0.1", "slow.example"))
+    try:
+        for name in ("found", "dropped"):
+            tags[name] = pair.tag()
+            pair.reader.connect(name, msgspec.msgpack.encode(named), tags[name])
+        pair.reader.disconnect("dropped")
+        assert pair.wait(tags["dropped"]).status is Status.CANCELLED
+        assert asked.wait(DEADLINE_S)
+        tag = pair.read(one_block(pair, 0))
+        owner.send(answer(owner.request()))
+        assert pair.wait(tag).status is Status.DONE
+        answered.set()
+        other.accept()
+        assert pair.wait(tags["found"]).status is Status.DONE
+    finally:
+        answered.set()
+        other.close()
+
+
+def test_a_peer_that_dies_raises_no_signal() -> None:
+    """A program may have SIGPIPE end it."""
+    code = """
+import signal, sys
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+sys.path.insert(0, sys.argv[1])
+from pd_connector.testing.pair import Pair
+from pd_connector.transport.zmq import ZmqTransport
+from tests.conformance.test_zmq_link import RawOwner
+for _ in range(10):
+    owner, reader = RawOwner(), ZmqTransport("reader", {})
+    pair = Pair(reader, owner, "big", connected=False)
+    tag = pair.connect()
+    owner.accept()
+    pair.wait(tag)
+    owner.connection.close()
+    owner.listener.close()
+    print(pair.wait(*[pair.read(pair.blocks(range(63))) for _ in range(3)]).status)
+    reader.close()
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["peer_lost"] * 10), done.stderr

@@ -28,7 +28,7 @@ def changed(at: int, value: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("greeting", "words"),
     [
-        (b"HTTP/1.1 400 Bad Request".ljust(64), "does not speak ZeroMQ"),
+        (b"SSH-2.0-OpenSSH".ljust(64), "does not speak ZeroMQ"),
         (changed(9, b"\x00"), "does not speak ZeroMQ"),
         (changed(10, b"\x01"), "ZMTP 1"),
         (changed(12, b"CURVE"), "CURVE"),
@@ -36,7 +36,8 @@ def changed(at: int, value: bytes) -> bytes:
 )
 def test_a_greeting_that_is_not_ours_is_refused(greeting: bytes, words: str) -> None:
     assert len(GREETING) == len(greeting) == 64
-    check_greeting(GREETING)
+    assert check_greeting(GREETING)
+    assert not any(check_greeting(GREETING[:size]) for size in range(64))
     with pytest.raises(RemoteProtocolError, match=words):
         check_greeting(greeting)
 
