@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 START_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 10.0
 SOCKETS = 8192
-"""libzmq needs three for a peer of a staged transport; its default, 1023, ends at 340 of them. The bound on peers is the
-protocol's."""
+"""libzmq needs three for a peer of a staged transport; its default, 1023, ends at 340 of them. The bound on peers is
+the protocol's."""
 
 
 class ThreadedTransport(Transport):

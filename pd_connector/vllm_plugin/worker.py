@@ -34,8 +34,8 @@ _ORDER_SECONDS = 30.0
 _IDLE_SECONDS = 0.005
 """Longest wait in a step that computes nothing: also the longest that it delays a request which arrives meanwhile."""
 _CROWDED_IDLE_SECONDS = 0.02
-"""The same where our I/O threads and the engine's have one core together: its idle steps would take a fifth of what moves
-blocks. Measured with one core: 93 ms for 235 MB with waits of 5 ms, 83 with 20 (docs/adr/0006)."""
+"""The same where our I/O threads and the engine's have one core together: its idle steps would take a fifth of what
+moves blocks. Measured with one core: 93 ms for 235 MB with waits of 5 ms, 83 with 20 (docs/adr/0006)."""
 
 
 @dataclass
