@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import resource
 import socket
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pd_connector.plan import CopyPlan
 from pd_connector.testing.arena import POISON
 from pd_connector.testing.owner_process import LocalOwner
 from pd_connector.testing.pair import CAPABILITY, DEADLINE_S, LEASE, PEER, SEED, Pair
-from pd_connector.transport import zmq_link, zmq_reader, zmtp
+from pd_connector.transport import zmq_reader, zmtp
 from pd_connector.transport.base import Status
 from pd_connector.transport.zmq import ZmqTransport
 from pd_connector.transport.zmq_wire import VERSION, Answer, Code, Ping, Pong, Read, Where, encode
@@ -121,6 +120,11 @@ def both() -> Iterator[tuple[Pair, RawOwner]]:
     yield pair, owner
     reader.close()
     owner.close()
+
+
+def rss_mib() -> int:
+    """Now: the most there ever was may be an earlier test's."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
 
 
 def one_block(pair: Pair, block: int) -> CopyPlan:
@@ -247,13 +251,13 @@ def test_an_endless_message_takes_no_memory_and_keeps_nobody_waiting(both: tuple
     healthy = LocalOwner(ZmqTransport("owner", {}), "mixed", SEED)
     reader = pair.reader
     try:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = rss_mib()
         head = encode(Answer(read.serial, Code.OK))
         owner.send(bytes([1, len(head)]) + head)
         piece = b"\x03" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)
         for _ in range(300):
             owner.send(piece)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "more than 64 MiB (in KiB)"
+        assert rss_mib() - before < 64
         tag = pair.tag()
         reader.connect("healthy", healthy.describe(), tag)
         for _ in range(20):
@@ -352,10 +356,6 @@ def test_an_address_that_is_none_is_said(endpoint: str) -> None:
         reader.close()
 
 
-def test_what_is_asked_for_at_once_fits_the_buffers() -> None:
-    assert zmq_link.SMALL_BYTES <= zmq_link.RECEIVE_BYTES <= zmq_link.TURN_BYTES
-
-
 FLOODS = {
     "empty frames": b"\x01\x00",
     "frames of a byte": b"\x01\x01x",
@@ -399,12 +399,13 @@ def test_a_flood_keeps_nobody_waiting(kind: str) -> None:
 
 
 def test_pings_of_a_peer_that_takes_nothing_fill_no_memory(both: tuple[Pair, RawOwner]) -> None:
+    """The answers to all of them would be 40 MB."""
     _, owner = both
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pings = zmtp.ping() * 100_000
-    for _ in range(30):
+    before = rss_mib()
+    pings = (b"\x04\x17\x04PING\0\0" + bytes(16)) * 100_000
+    for _ in range(18):
         owner.send(pings)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10, "more than 32 MiB (in KiB)"
+    assert rss_mib() - before < 10
 
 
 def test_bytes_that_come_slowly_are_no_silence(both: tuple[Pair, RawOwner], monkeypatch: pytest.MonkeyPatch) -> None:

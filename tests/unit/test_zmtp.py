@@ -60,11 +60,8 @@ def test_the_handshake_names_the_socket() -> None:
         check_ready(b"\x05ERROR\x07no room", b"ROUTER")
 
 
-@pytest.mark.parametrize("command", [b"", b"\x04PIN", b"\x00\x01", b"\xffx"])
+@pytest.mark.parametrize("command", [b"", b"\x04PIN", b"\xffx"])
 def test_a_command_without_a_name(command: bytes) -> None:
-    if command.startswith(b"\x00"):
-        assert split_command(command) == (b"", b"\x01")
-        return
     with pytest.raises(RemoteProtocolError):
         split_command(command)
 
