@@ -31,8 +31,8 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("row", "state", "found", "remedy"),
     [
-        (limits.open_files(1024, 4096), "ok", "341 peers", ""),
-        (limits.open_files(256, 4096), "warn", "85 peers", "4096"),
+        (limits.open_files(1024, 4096), "ok", "204 peers", ""),
+        (limits.open_files(256, 4096), "warn", "51 peers", "4096"),
         (limits.open_files(256, resource.RLIM_INFINITY), "warn", "256", "more"),
         (limits.open_files(resource.RLIM_INFINITY, resource.RLIM_INFINITY), "ok", "no limit", ""),
         (limits.processors(4, 8, ""), "ok", "4 of 8", ""),
